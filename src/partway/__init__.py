@@ -1,0 +1,40 @@
+"""Split learning between hospitals and a server: each site trains partway on its own records, the server the rest.
+
+These names are the public interface; a module below this one may change from one version to the next. Each name is
+loaded when it is first used, so that `import partway` is quick and loads no torch.
+
+>>> import partway
+>>> partway.Refused.__name__
+'Refused'
+"""
+
+from __future__ import annotations
+
+from importlib import import_module as _import_module
+
+from partway.errors import JobFailed, PartwayError, PeerError, Refused, UsageError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JobFailed",
+    "PartwayError",
+    "PeerError",
+    "Refused",
+    "UsageError",
+    "__version__",
+]
+
+_HOMES: dict[str, str] = {}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'partway' has no attribute {name!r}")
+    value = getattr(_import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,1 @@
+"""Who runs which piece, and who hears whom: pure data, standard library only."""

@@ -1,0 +1,261 @@
+"""Segments, where each copy of them lives, and named flows of edges between them. Data, not code.
+
+A *segment* is a piece of a cut network, or a source, a store or a tally without weights. It has one copy, or one
+copy for each site (a *lane*). Copies of one lane meet each other; a single copy meets all lanes: there the rows of
+the sites join, one site after the other, and part again on the way back.
+
+>>> from partway.plan.configurations import vanilla
+>>> plan = vanilla(("a", "b", "c"))
+>>> [str(copy) for copy in plan.meets(Copy("trunk"), "bottom", {"a": 4, "c": 1})]
+['bottom@a', 'bottom@c']
+>>> plan.validate()
+[]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from partway.errors import PlanError
+
+EACH = "each site"
+"""A place (at every site) and a number of copies (one a site)."""
+ONE = ""
+"""The lane of a single copy."""
+
+Rows = Mapping[str, int]
+"""Records of each lane in one micro-batch; a lane without records may be left out."""
+Part = Literal["train", "validation", "test"]
+"""Into which a site's records are divided."""
+Sum = tuple[Literal["gradient", "tally"], str]
+"""What of a segment's copies is summed."""
+
+
+class Copy(NamedTuple):
+    """One copy of a segment: the unit that runs, is summed, given and updated."""
+
+    segment: str
+    lane: str = ONE
+
+    def __str__(self) -> str:
+        return f"{self.segment}@{self.lane}" if self.lane else self.segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A piece of a network (`net`), a source of `records`, a `store` of what was released, or a `tally` of counts.
+
+    `at` is a party, or `EACH` for one copy at every site. `copies=EACH` at one party keeps a copy a site, all there.
+    """
+
+    name: str
+    at: str = EACH
+    copies: str = ONE
+    kind: Literal["net", "records", "store", "tally"] = "net"
+    join: Literal["features", "sum"] = "features"
+
+    @property
+    def laned(self) -> bool:
+        return EACH in (self.at, self.copies)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What one segment hands to another; `gradient` says whether a gradient comes back along it."""
+
+    source: str
+    target: str
+    kind: Literal["activations", "labels", "scores"] = "activations"
+    gradient: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.source} -> {self.target}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each copy of each segment lives, and the named flows between them.
+
+    `sites` are the lanes, in the order in which their rows join and their shares add; `hub` adds sums and forwards
+    the letters of two sites.
+    """
+
+    sites: tuple[str, ...]
+    segments: tuple[Segment, ...]
+    flows: tuple[tuple[str, tuple[Edge, ...]], ...]
+    hub: str = "server"
+
+    @cached_property
+    def parties(self) -> tuple[str, ...]:
+        """Every party that has a part: the sites, then the others, the hub last."""
+        others = dict.fromkeys(s.at for s in self.segments if s.at not in (EACH, self.hub, *self.sites))
+        return (*self.sites, *others, self.hub)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Segment]:
+        return {s.name: s for s in self.segments}
+
+    @cached_property
+    def _by_flow(self) -> dict[str, tuple[Edge, ...]]:
+        return dict(self.flows)
+
+    def __getitem__(self, name: str) -> Segment:
+        return self._by_name[name]
+
+    def edges(self, flow: str) -> tuple[Edge, ...]:
+        return self._by_flow[flow] if flow else ()
+
+    def lanes(self, name: str) -> tuple[str, ...]:
+        return self.sites if self[name].laned else (ONE,)
+
+    def copies(self, name: str) -> tuple[Copy, ...]:
+        return tuple(Copy(name, lane) for lane in self.lanes(name))
+
+    def place(self, copy: Copy) -> str:
+        """The party at which a copy lives."""
+        at = self[copy.segment].at
+        return copy.lane if at == EACH else at
+
+    def placed(self, party: str, kind: str = "net") -> tuple[Copy, ...]:
+        """The copies of one kind of segment that live at a party."""
+        return tuple(c for s in self.segments if s.kind == kind for c in self.copies(s.name) if self.place(c) == party)
+
+    def rows(self, copy: Copy, rows: Rows) -> int:
+        return rows.get(copy.lane, 0) if copy.lane else sum(rows.values())
+
+    def live(self, name: str, rows: Rows) -> tuple[Copy, ...]:
+        return tuple(c for c in self.copies(name) if self.rows(c, rows))
+
+    def meets(self, copy: Copy, name: str, rows: Rows) -> tuple[Copy, ...]:
+        """The copies of `name` that an edge ties to this copy, among those that have records."""
+        return tuple(c for c in self.live(name, rows) if not (c.lane and copy.lane) or c.lane == copy.lane)
+
+    def order(self, flow: str) -> tuple[str, ...] | None:
+        """The segments of a flow, sources first; None if it has a cycle."""
+        edges = self.edges(flow)
+        todo = [s.name for s in self.segments if any(s.name in (e.source, e.target) for e in edges)]
+        ordered: list[str] = []
+        while todo:
+            free = [n for n in todo if not any(e.target == n and e.source in todo for e in edges)]
+            if not free:
+                return None
+            ordered += free
+            todo = [n for n in todo if n not in free]
+        return tuple(ordered)
+
+    def validate(self) -> list[str]:
+        """Every fault of the plan, in words; an empty list if it can run."""
+        names = [s.name for s in self.segments]
+        faults = [f"segment {n}: named twice" for n in dict.fromkeys(names) if names.count(n) > 1]
+        faults += [f"site {n}: named twice" for n in dict.fromkeys(self.sites) if self.sites.count(n) > 1]
+        if self.hub in self.sites:
+            faults.append(f"{self.hub} is a site and the hub: the hub must see no share, so it must be another party")
+        for segment in self.segments:
+            if segment.laned and not self.sites:
+                faults.append(f"segment {segment.name}: one copy a site, but the plan has no sites")
+        for flow, edges in self.flows:
+            faults += [f"{flow}: {fault}" for fault in self._faults_of(flow, edges)]
+        return faults
+
+    def checked(self) -> Plan:
+        """This plan, or a `PlanError` with all its faults."""
+        if faults := self.validate():
+            raise PlanError(faults)
+        return self
+
+    def _faults_of(self, flow: str, edges: Sequence[Edge]) -> Iterator[str]:
+        known = [e for e in edges if e.source in self._by_name and e.target in self._by_name]
+        yield from (f"edge {e}: no such segment" for e in edges if e not in known)
+        for edge in dict.fromkeys(known):
+            same = [e for e in known if (e.source, e.target, e.kind) == (edge.source, edge.target, edge.kind)]
+            if len(same) > 1:
+                yield f"edge {edge} drawn twice"
+            yield from (f"edge {edge}: {fault}" for fault in self._faults_of_edge(edge))
+        order = self.order(flow)
+        if order is None:
+            yield "its edges run in a circle"
+            return
+        for name in order:
+            if self[name].kind == "net":
+                yield from self._faults_of_net(name, known)
+            if not self[name].laned and not self._rows_have_lanes(name, known):
+                yield from (
+                    f"edge {e}: these rows belong to no site"
+                    for e in known
+                    if e.source == name and self[e.target].laned
+                )
+
+    def _faults_of_edge(self, edge: Edge) -> Iterator[str]:
+        source, target = self[edge.source], self[edge.target]
+        if edge.gradient and (edge.kind != "activations" or source.kind != "net"):
+            yield "a gradient cannot flow into data"
+        if edge.gradient and target.kind != "net":
+            yield f"a {target.kind} gives no gradient back"
+        if target.kind == "records":
+            yield "records are a source"
+        if edge.kind == "labels" and source.kind not in ("records", "store"):
+            yield "labels come from records"
+        if (edge.kind == "scores") != (source.kind == "tally"):
+            yield "scores, and only scores, come from a tally"
+        if source.kind == "records" and edge.kind == "activations" and source.at != target.at:
+            yield "raw records would leave their site"
+
+    def _faults_of_net(self, name: str, edges: Sequence[Edge]) -> Iterator[str]:
+        into = [e for e in edges if e.target == name]
+        out = [e for e in edges if e.source == name]
+        labels = [e for e in into if e.kind == "labels"]
+        if len(labels) > 1:
+            yield f"{name} has labels from two sources"
+        if labels and out:
+            yield f"{name} has a loss and goes on"
+        if not labels and not out:
+            yield f"{name} ends without labels"
+        if len(labels) == len(into):
+            yield f"{name} has no input"
+        if not labels and any(e.gradient for e in into) and not any(e.gradient for e in out):
+            yield f"{name} owes a gradient that it never gets"
+
+    def _rows_have_lanes(self, name: str, edges: Sequence[Edge], seen: tuple[str, ...] = ()) -> bool:
+        if self[name].laned:
+            return True
+        sources = {e.source for e in edges if e.target == name and e.source not in seen}
+        return any(self._rows_have_lanes(source, edges, (*seen, name)) for source in sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One position of a schedule: a flow over so many rows, sums over copies, gives from copy to copy.
+
+    Forward and backward belong to a micro-batch, sums and updates to the turn.
+    """
+
+    flow: str = ""
+    """Which edges run; none where something only moves."""
+    rows: tuple[Rows, ...] = ()
+    """Records of each lane, one mapping a micro-batch."""
+    offsets: tuple[Rows, ...] = ()
+    """Where, in its own order of this epoch, each lane's rows begin; one mapping a micro-batch."""
+    divisor: float = 1.0
+    """What the loss, a sum over records, is divided by: the union batch's records."""
+    train: tuple[str, ...] = ()
+    """The segments that are updated; the others are frozen."""
+    sums: tuple[Sum, ...] = ()
+    """What the hub adds up over all copies of a segment, blind, for each of them."""
+    gives: tuple[tuple[Copy, Copy], ...] = ()
+    """From which copy to which the weights are handed."""
+    equal: tuple[str, ...] = ()
+    """The segments whose copies must have the same bits: every site tells every other a digest, sealed."""
+    account: bool = False
+    """Each party tells the hub the head of its ledger."""
+    records: Part = "train"
+    """Which of a site's records the rows are taken from."""
+    step: int = 0
+    """The global step, from 0: draws and learning rate are keyed by it."""
+    epoch: int = 0
+
+
+Sizes = Mapping[str, Mapping[str, int]]
+"""Records of each site in each part: `sizes["svi"]["train"]`."""
