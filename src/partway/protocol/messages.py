@@ -161,9 +161,6 @@ class Fail(Message, frozen=True, tag="fail"):
     """The party at fault, if it is not me."""
 
 
-Said = Greet | Offer | Hello | GroupKey | Ready | Letter | Bye | Fail
-
-
 class Head(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What stands before every message: who says it to whom, in which job and membership epoch."""
 
