@@ -1,0 +1,164 @@
+"""A sum over sites that the server adds up without being able to read a share or the total.
+
+Each site writes its share in fixed point, adds a mask for each pair of sites (they cancel in the sum) and one site
+adds a mask that only sites know (it stays on the total until a site takes it off). All is modulo 2^64. Pairwise masks
+are those of Bonawitz et al. (2017), section 4; numbers, keys and measurements are in `docs/blind-sum.md`. For honest
+but curious parties that do not collude; a missing site blocks the sum.
+
+>>> rounded = decode(encode(np.array([0.1, -3.0], dtype="float32"), sites=3), np.dtype("float32"))
+>>> rounded.tolist() == np.array([0.1, -3.0], dtype="float32").tolist()
+True
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import struct
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
+
+from partway.errors import JobFailed
+from partway.privacy.seal import Keys
+
+Words = NDArray[np.uint64]
+Numbers = NDArray[np.float64] | NDArray[np.float32]
+
+LIMBS = {np.dtype("float32"): (40,), np.dtype("float64"): (20, 72)}
+"""Words a number, and the binary places of each: float32 to 2^-41, float64 to 2^-73, without carries between them."""
+HEADROOM = 62
+"""Every limb of a total stays below 2^62."""
+_BLOCK = 1 << 16
+"""Words masked at once: 512 KiB, so that a mask never exists whole."""
+
+
+def encode(share: Numbers, sites: int) -> Words:
+    """Fixed point, shape (n * words a number,): first all high limbs, then all low ones.
+
+    Raises:
+        JobFailed: a number is not finite, or so large that a total over `sites` could overflow. Never clamped.
+    """
+    rest, limbs = share.astype(np.float64), []
+    if not np.isfinite(rest).all():
+        raise JobFailed("a share of a sum holds NaN or infinite numbers; lower the learning rate")
+    for places in LIMBS[share.dtype]:
+        limb = np.rint(rest * 2.0**places)
+        if limb.size and max(limb.max(), -limb.min()) >= 2.0**HEADROOM / sites:
+            largest = 2.0 ** (HEADROOM - LIMBS[share.dtype][0]) / sites
+            raise JobFailed(f"a share of a sum holds {np.abs(share).max():.3g}; at most {largest:.3g} can be summed")
+        limbs.append(limb)
+        rest = rest - limb * 2.0**-places  # exact: a limb is a rounding of the rest
+    return np.concatenate(limbs).astype(np.int64).view(np.uint64)
+
+
+def decode(total: Words, dtype: np.dtype) -> Numbers:
+    """Numbers of `dtype`, shape (n,), from a total's words; the low limb comes first, so that it is not lost."""
+    places = LIMBS[dtype]
+    limbs = total.view(np.int64).reshape(len(places), -1).astype(np.float64)
+    numbers = np.zeros(limbs.shape[1])
+    for limb, place in zip(limbs[::-1], places[::-1], strict=True):
+        numbers += limb * 2.0**-place
+    return numbers.astype(dtype)
+
+
+def add(shares: Sequence[NDArray[np.uint64] | Numbers]) -> NDArray[np.uint64] | Numbers:
+    """The server's part: adds what it cannot read, in the order given; words wrap modulo 2^64."""
+    total = shares[0].copy()
+    for share in shares[1:]:
+        total += share
+    return total
+
+
+class BlindSum:
+    """A site's half of every sum of one job.
+
+    Args:
+        keys: agreed with the other sites.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._group = b""
+        self._turn = -1
+        self._sent: dict[str, bytes] = {}
+        """Of the newest turn, by segment: the plain words that its mask was used for."""
+
+    def offer(self) -> dict[str, bytes]:
+        """The first seat draws the group's key, and seals it for each other site."""
+        self._group = os.urandom(32)
+        keys = self._keys
+        return {name: keys.seal(name, self._group, _OFFER + keys.transcript) for name in keys.seats if name != keys.me}
+
+    def accept(self, sealed: bytes) -> None:
+        """Takes the group's key from the first seat. Raises `PeerError` if it is not its."""
+        self._group = self._keys.open(self._keys.seats[0], sealed, _OFFER + self._keys.transcript)
+
+    def confirmation(self, name: str) -> bytes:
+        """What a site that holds the same key and has heard the same says: HMAC-SHA256, 32 bytes."""
+        if not self._group:
+            raise JobFailed(f"{self._keys.me} has no group key yet")
+        text = b"partway/sum/confirm/v1\0" + name.encode() + self._keys.transcript
+        return hmac.digest(self._group, text, "sha256")
+
+    def mask(self, turn: int, segment: str, share: Numbers) -> Words:
+        """This site's share as the server may see it.
+
+        Raises:
+            JobFailed: as `encode`; or the mask of (turn, segment) was used for other numbers, for the difference of
+                two such texts is the difference of the plain shares.
+        """
+        plain = encode(share, len(self._keys.seats))
+        self._use_once(turn, segment, plain.tobytes())
+        masked = plain.copy()
+        for name, secret in self._keys.masking.items():
+            self._stream(secret, turn, segment, masked, np.add if self._keys.me < name else np.subtract)
+        if self._keys.me == self._keys.seats[0]:
+            # One site and not all: S times a mask has zeros in its low bits where S is even, and they would lie open.
+            self._stream(self._group, turn, segment, masked, np.add)
+        return masked
+
+    def unmask(self, turn: int, segment: str, total: Words, dtype: np.dtype) -> Numbers:
+        """The plain total of a sum to which this site has sent its share.
+
+        Raises:
+            JobFailed: it has sent none in this turn.
+        """
+        if turn != self._turn or segment not in self._sent:
+            raise JobFailed(f"{self._keys.me} has sent no share of {segment} in turn {turn}, and takes no total")
+        plain = total.copy()
+        self._stream(self._group, turn, segment, plain, np.subtract)
+        return decode(plain, dtype)
+
+    def _use_once(self, turn: int, segment: str, plain: bytes) -> None:
+        if turn > self._turn:
+            self._turn, self._sent = turn, {}
+        if turn < self._turn or self._sent.setdefault(segment, plain) != plain:
+            raise JobFailed(f"{self._keys.me} has used the mask of {segment} in turn {turn} before")
+
+    def _stream(self, secret: bytes, turn: int, segment: str, words: Words, apply: Callable[..., object]) -> None:
+        """Adds or subtracts AES-256-CTR keystream, read as little-endian words, in place."""
+        name = segment.encode()
+        text = b"partway/sum/mask/v1\0" + self._keys.job + struct.pack("<IQH", self._keys.epoch, turn, len(name)) + name
+        key = hmac.digest(secret, text, "sha256")
+        encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        for start in range(0, words.size, _BLOCK):
+            block = words[start : start + _BLOCK]
+            apply(block, np.frombuffer(encryptor.update(bytes(8 * block.size)), "<u8"), out=block)
+
+
+class ClearSum:
+    """The same half of a sum that hides nothing: to measure what blindness costs."""
+
+    def mask(self, turn: int, segment: str, share: Numbers) -> Numbers:
+        """The share as it is."""
+        return share
+
+    def unmask(self, turn: int, segment: str, total: Numbers, dtype: np.dtype) -> Numbers:
+        """The total as it is."""
+        return total
+
+
+_OFFER = b"partway/sum/group/v1\0"
