@@ -1,0 +1,271 @@
+"""What people write in TOML, as frozen settings with a line and a unit a field. The only reader of TOML.
+
+>>> job = read_job('''
+... [job]
+... name = "study"
+... [network]
+... build = "partway.model.zoo:mlp"
+... arguments = { inputs = 4, hidden = [8], classes = 2 }
+... cut = ["hidden.0"]
+... [training]
+... epochs = 2
+... ''')
+>>> job.training.batch
+256
+>>> read_job('[job]\\nname = "study"\\nsed = 1')
+Traceback (most recent call last):
+    ...
+partway.errors.ConfigError: the job: [job] has no key `sed`; did you mean `seed`?
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, field
+
+from partway.errors import ConfigError
+
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Positive = Annotated[int, Meta(ge=1, lt=2**31)]
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+Rate = Annotated[float, Meta(gt=0, le=1000)]
+Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The common parent: frozen, keyword-only, unknown keys refused."""
+
+
+class JobHeader(Settings, frozen=True, kw_only=True):
+    """`[job]`"""
+
+    name: Name
+    seed: Count = 0
+    """Draws which site fills which place of a union batch, and divides records into training, validation and test."""
+
+
+class JobNetwork(Settings, frozen=True, kw_only=True):
+    """`[network]`: installed code by name, and where it is cut."""
+
+    build: Annotated[str, Meta(max_length=200)]
+    """`module:name`, compared as an exact string with each party's policy before anything is imported."""
+    arguments: dict[str, Any] = {}
+    cut: Annotated[list[Annotated[str, Meta(max_length=200)]], Meta(min_length=1, max_length=2)]
+    """Module paths after which the network is cut: one for vanilla, two for a U-shape."""
+
+
+class Optimizer(Settings, frozen=True, kw_only=True):
+    """`optimizer` of `[training]`"""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Rate = 3e-3
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Of `sgd` only."""
+    weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
+
+
+class Training(Settings, frozen=True, kw_only=True):
+    """`[training]`"""
+
+    configuration: Literal["vanilla", "u_shaped"] = "vanilla"
+    schedule: Literal["synchronous"] = "synchronous"
+    epochs: Positive = 20
+    batch: Positive = 256
+    """Records in a union batch, over all sites."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    dtype: Literal["float32", "float64"] = "float32"
+    threads: Annotated[int, Meta(ge=1, le=256)] = 1
+    """Of torch, at every party: part of what "the same bits" means."""
+    sums: Literal["blind", "clear"] = "blind"
+    """`clear` lets the server read every share: for measurements. A policy refuses it unless it says otherwise."""
+
+
+class Evaluation(Settings, frozen=True, kw_only=True):
+    """`[evaluation]`: at the sites, with the trunk that travels to them."""
+
+    trunk_travels: bool = True
+    every: Count = 1
+    """Epochs between evaluations on the validation records; 0 for none."""
+    site_scores: bool = False
+    """Each site's own scores on its test records go to the server."""
+
+
+class ResultTerms(Settings, frozen=True, kw_only=True):
+    """`[result]`: who holds what at the end."""
+
+    bottom: Literal["sites", "everyone"] = "sites"
+    trunk: Literal["server", "everyone"] = "server"
+
+
+class JobRecords(Settings, frozen=True, kw_only=True):
+    """`[records]`: what a record is."""
+
+    schema: Literal["thyroid", "dataset"] = "thyroid"
+    """`thyroid`: the columns of `partway.data.thyroid`. `dataset`: any PyTorch dataset of (features, label)."""
+
+
+class Job(Settings, frozen=True, kw_only=True):
+    """One training run of a federation."""
+
+    job: JobHeader
+    network: JobNetwork
+    training: Training = field(default_factory=Training)
+    records: JobRecords = field(default_factory=JobRecords)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    result: ResultTerms = field(default_factory=ResultTerms)
+    roster: dict[Name, Fingerprint] = {}
+    """The sites, by name and key fingerprint (SHA-256 of the certificate's public key)."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(sorted(self.roster))
+
+
+class Policy(Settings, frozen=True, kw_only=True):
+    """`[policy]`: what this party allows. The defaults allow no more than training needs."""
+
+    networks: list[str] = []
+    """Networks that may be built, as exact strings `module:name`."""
+    operators: list[str] = []
+    """People whose jobs this party takes part in, by certificate name."""
+    sites: dict[Name, Fingerprint] = {}
+    """Other sites this one works with, with their pinned key fingerprints; empty takes the roster of the signed job."""
+    labels_may_leave: bool = False
+    """`vanilla` sends labels; false allows `u_shaped` only."""
+    scores_may_leave: bool = False
+    """This site's own scores, exact, beside what blind sums say of all."""
+    bottom_to_everyone: bool = False
+    """The server may hold the sites' segments at the end."""
+    trunk_to_everyone: bool = True
+    """The server's segment may travel to the sites."""
+    widest_cut: Positive = 64
+    """Numbers a record that may leave across a cut."""
+    most_epochs: Positive = 100
+    most_parameters: Positive = 10_000_000
+    """Of the whole network."""
+    most_flops: Annotated[int, Meta(ge=1, lt=2**53)] = 10**10
+    """Floating-point operations for one record, forward and backward through this party's segments."""
+    least_sites: Positive = 3
+    """Sites in a sum; with 2, a total minus one's own share is the other's."""
+    least_records_in_sum: Count = 20
+    """Records of the others, seen from any site, in each step's sum of gradients. Twice (inputs of the first layer + 1)
+    are needed in any case."""
+    least_records_in_scores: Positive = 50
+    clear_sums: bool = False
+    """Sums may be added in the clear."""
+
+
+class Connection(Settings, frozen=True, kw_only=True):
+    """`[data]` of a site: where its records are."""
+
+    connector: Literal["csv"] = "csv"
+    path: Annotated[str, Meta(min_length=1)]
+    """A CSV file with a header, compressed (`.gz`) or not; relative to the site file."""
+
+
+class SiteHeader(Settings, frozen=True, kw_only=True):
+    """`[site]`"""
+
+    name: Name
+    server: Annotated[str, Meta(pattern=r"^[^\s:]+:\d{1,5}$")]
+    """host:port, to which this site opens its one connection."""
+    identity: str = "identity"
+    """The folder of key, certificate and authority, relative to the site file."""
+    folder: str = "runs"
+    """Where jobs leave their files, relative to the site file."""
+    silence: Annotated[float, Meta(ge=1, le=3600)] = 30.0
+    """Seconds without a sign of life after which a link is given up."""
+    device: Annotated[str, Meta(max_length=32)] = "auto"
+
+
+class Site(Settings, frozen=True, kw_only=True):
+    """A hospital's own file; the server never sees it."""
+
+    site: SiteHeader
+    data: Connection
+    policy: Policy
+
+
+class ServerHeader(Settings, frozen=True, kw_only=True):
+    """`[server]`"""
+
+    name: Name = "server"
+    listen: Annotated[str, Meta(pattern=r"^[^\s:]+:\d{1,5}$")] = "0.0.0.0:8443"
+    identity: str = "identity"
+    folder: str = "runs"
+    silence: Annotated[float, Meta(ge=1, le=3600)] = 30.0
+    device: Annotated[str, Meta(max_length=32)] = "auto"
+
+
+class Server(Settings, frozen=True, kw_only=True):
+    """The server's own file."""
+
+    server: ServerHeader = field(default_factory=ServerHeader)
+    policy: Policy
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read_job(text: str | bytes, where: str = "the job") -> Job:
+    """A job from TOML. Raises `ConfigError` with the place, and the nearest key for a typing error."""
+    job = _read(text, Job, where)
+    cuts = {"vanilla": 1, "u_shaped": 2}[job.training.configuration]
+    if len(job.network.cut) != cuts:
+        raise ConfigError(
+            f"{where}: {job.training.configuration} needs {cuts} cut(s), [network] cut names {len(job.network.cut)}"
+        )
+    if job.evaluation.site_scores and not job.evaluation.trunk_travels:
+        raise ConfigError(
+            f"{where}: [evaluation] site_scores needs trunk_travels = true, for scores are made at the sites"
+        )
+    return job
+
+
+def read_site(path: Path) -> Site:
+    return _read(_text(path), Site, str(path))
+
+
+def read_server(path: Path) -> Server:
+    return _read(_text(path), Server, str(path))
+
+
+def _text(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _read(text: str | bytes, kind: type[S], where: str) -> S:
+    try:
+        words = tomllib.loads(text if isinstance(text, str) else text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: not TOML: {error}") from None
+    _check_keys(words, kind, where, "")
+    try:
+        return msgspec.convert(words, kind)
+    except msgspec.ValidationError as error:
+        message = re.sub(r"`\$\.?([^`]*)`", r"`\1`", str(error))
+        raise ConfigError(f"{where}: {message}") from None
+
+
+def _check_keys(words: Any, kind: type[msgspec.Struct], where: str, section: str) -> None:
+    """Names the nearest key for one that does not exist."""
+    if not isinstance(words, dict):
+        return
+    fields = {f.encode_name: f.type for f in msgspec.structs.fields(kind)}
+    for key, value in words.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            advice = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(fields)}"
+            raise ConfigError(f"{where}: {section + ' ' if section else ''}has no key `{key}`; {advice}")
+        inner = fields[key]
+        if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+            _check_keys(value, inner, where, f"[{key}]" if not section else f"{section} {key}")
