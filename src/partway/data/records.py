@@ -1,0 +1,131 @@
+"""One site's records in memory, and how they are divided into training, validation and test records.
+
+>>> division = {"train": torch.tensor([0, 1]), "validation": torch.tensor([]), "test": torch.tensor([])}
+>>> features, labels = torch.tensor([[1.0, 5.0], [3.0, torch.nan]]), torch.tensor([0, 1])
+>>> records = Records(features, labels, classes=2, numeric=(0, 1), division=division)
+>>> records.scaled(mean=torch.tensor([2.0, 5.0]), deviation=torch.tensor([1.0, 1.0]))
+tensor([[-1.,  0.],
+        [ 1.,  0.]], dtype=torch.float64)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from partway.errors import DataError
+from partway.plan.batches import shuffled
+from partway.plan.plan import Part
+
+SHARES: Mapping[Part, float] = {"train": 0.55, "validation": 0.10, "test": 0.35}
+"""How a site's records are divided."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """What a record looks like, so that a network can be cut and every letter's size be known beforehand."""
+
+    shape: tuple[int, ...]
+    """Of one record's features."""
+    classes: int
+    numeric: int
+    """Columns that are standardised."""
+
+
+class Records:
+    """Features, labels and division of one site, as read: nothing is standardised yet.
+
+    Args:
+        features: shape (n, ...). In numeric columns NaN is a value that was not measured.
+        labels: int64, shape (n,), from 0 to `classes` - 1.
+        numeric: columns of a table that are to be standardised.
+        division: indices of the records in each part.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        classes: int,
+        numeric: tuple[int, ...],
+        division: Mapping[Part, Tensor],
+    ) -> None:
+        self.features, self.labels = features.double(), labels.long()
+        self.numeric = torch.tensor(numeric, dtype=torch.int64)
+        self.division = {part: index.long() for part, index in division.items()}
+        self.schema = Schema(shape=tuple(features.shape[1:]), classes=classes, numeric=len(numeric))
+
+    @classmethod
+    def from_dataset(cls, dataset: Dataset[Any], classes: int, seed: int) -> Records:
+        """All of a PyTorch dataset of (features, label), held in memory.
+
+        Raises:
+            DataError: it is empty, or a label is not one of `classes`, or a feature is not finite.
+        """
+        rows = [dataset[i] for i in range(len(dataset))]  # type: ignore[arg-type]
+        if not rows:
+            raise DataError("a dataset is empty; leave its site out")
+        features = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x, _ in rows])
+        labels = torch.tensor([int(y) for _, y in rows])
+        if labels.min() < 0 or labels.max() >= classes:
+            raise DataError(
+                f"labels go from {labels.min()} to {labels.max()}; with {classes} classes, 0 to {classes - 1}"
+            )
+        if not features.isfinite().all():
+            raise DataError("a dataset's features hold NaN or infinite numbers")
+        return cls(features, labels, classes=classes, numeric=(), division=divide(labels, seed))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Records in each part."""
+        return {part: len(index) for part, index in self.division.items()}
+
+    def scaled(self, mean: Tensor, deviation: Tensor) -> Tensor:
+        """All features, numeric columns standardised, what was not measured 0. Shape as `features`, float64."""
+        out = self.features.clone()
+        if len(self.numeric):
+            out[:, self.numeric] = ((self.features[:, self.numeric] - mean) / deviation).nan_to_num()
+        return out
+
+
+def moments(x: Tensor) -> Tensor:
+    """How many values of each column were measured, then their sums: shape (n, k) to (2k,), float64."""
+    return torch.cat([x.isfinite().double().sum(0), x.nan_to_num().sum(0)])
+
+
+def squares(x: Tensor, mean: Tensor) -> Tensor:
+    """The sum of squares about `mean` of each column, shape (n, k) to (k,): centred, so that nothing cancels."""
+    return (x - mean).square().nan_to_num().sum(0)
+
+
+def mean_of(total: Tensor) -> tuple[Tensor, Tensor]:
+    """How often each column was measured, and its mean: from `moments`, summed over sites."""
+    measured, sums = total.chunk(2)
+    return measured, sums / measured.clamp(min=1)
+
+
+def deviation_of(measured: Tensor, squares: Tensor) -> Tensor:
+    """The standard deviation of each column (divisor n); 1 where all values are equal."""
+    deviation = (squares / measured.clamp(min=1)).sqrt()
+    return torch.where(deviation > 0, deviation, 1.0)
+
+
+def divide(labels: Tensor, seed: int) -> dict[Part, Tensor]:
+    """Indices of training, validation and test records: `SHARES` of them to within one, stratified by label.
+
+    The records are gone through class by class, within a class in an order drawn by `seed`, and each goes to the part
+    that is furthest behind its share.
+    """
+    drawn = torch.tensor(shuffled(len(labels), "division", seed), dtype=torch.int64)
+    order = drawn[torch.argsort(labels[drawn], stable=True)]
+    chosen: dict[Part, list[int]] = {part: [] for part in SHARES}
+    for count, index in enumerate(order.tolist(), 1):
+        part = max(SHARES, key=lambda p: SHARES[p] * count - len(chosen[p]))
+        chosen[part].append(index)
+    return {part: torch.tensor(sorted(indices), dtype=torch.int64) for part, indices in chosen.items()}

@@ -1,0 +1,86 @@
+"""What a site counts over its records, to be summed with the other sites' counts by a blind sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from partway.data.records import deviation_of, mean_of, moments, squares
+from partway.plan.plan import Part, Turn
+from partway.train import metrics
+from partway.train.metrics import Scores
+from partway.train.source import RecordSource
+
+FIGURES = 5
+"""Numbers in a report of scores: records, accuracy, balanced accuracy, macro-AUC, classes counted in it."""
+_NO_AUC = -1.0
+
+
+class Moments:
+    """The first pass of standardisation: measured values and sums of each numeric column."""
+
+    def __init__(self, source: RecordSource) -> None:
+        self._numeric = source.records.numeric
+        self.size = 2 * len(self._numeric)
+        self.measured = self.mean = torch.zeros(len(self._numeric), dtype=torch.float64)
+
+    def count(self, turn: Turn, inputs: Tensor, labels: Tensor | None) -> Tensor:
+        return moments(inputs[:, self._numeric])
+
+    def settle(self, turn: Turn, total: Tensor) -> None:
+        self.measured, self.mean = mean_of(total)
+
+
+class Squares:
+    """The second pass: squares about the mean that all sites have agreed on. Then the records are standardised."""
+
+    def __init__(self, source: RecordSource, first: Moments) -> None:
+        self._source, self._first = source, first
+        self.size = len(source.records.numeric)
+
+    def count(self, turn: Turn, inputs: Tensor, labels: Tensor | None) -> Tensor:
+        return squares(inputs[:, self._source.records.numeric], self._first.mean.to(inputs.device))
+
+    def settle(self, turn: Turn, total: Tensor) -> None:
+        self._source.standardise(self._first.mean, deviation_of(self._first.measured, total))
+
+
+class Evaluation:
+    """Confusion counts and histograms of scores. A site's own scores are exact, and stay here unless reported."""
+
+    def __init__(self, classes: int) -> None:
+        self._classes = classes
+        self.size = metrics.size_of_counts(classes)
+        self.own: dict[Part, Scores] = {}
+        """This site's exact scores, of the last evaluation of each part."""
+        self.all: list[tuple[Part, int, Scores]] = []
+        """(part, epoch, scores over all sites) of each evaluation."""
+
+    def count(self, turn: Turn, inputs: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            raise ValueError("an evaluation needs labels")
+        self.own[turn.records] = metrics.scores(inputs, labels)
+        return metrics.counts(inputs, labels)
+
+    def settle(self, turn: Turn, total: Tensor) -> None:
+        self.all.append((turn.records, turn.epoch, metrics.from_counts(total, self._classes)))
+
+    def report_all(self) -> Tensor:
+        """The last scores over all sites, shape (1, FIGURES), float64."""
+        return _figures(self.all[-1][2])
+
+    def report_own(self) -> Tensor:
+        """This site's own scores on its test records, shape (1, FIGURES), float64."""
+        return _figures(self.own["test"])
+
+
+def _figures(scores: Scores) -> Tensor:
+    auc = _NO_AUC if scores.macro_auc is None else scores.macro_auc
+    numbers = [scores.records, scores.accuracy, scores.balanced_accuracy, auc, scores.auc_classes]
+    return torch.tensor([numbers], dtype=torch.float64)
+
+
+def read_figures(row: Tensor) -> Scores:
+    """The scores that a report tells, from shape (FIGURES,)."""
+    records, accuracy, balanced, auc, classes = row.tolist()
+    return Scores(int(records), accuracy, balanced, None if auc == _NO_AUC else auc, int(classes))
