@@ -134,7 +134,7 @@ def test_synchronous_lists_every_turn() -> None:
     assert [t.step for t in training] == list(range(10))
     assert all(t.divisor == sum(t.rows[0].values()) for t in training)
     assert all(t.sums == (("gradient", "bottom"),) and t.train == ("bottom", "trunk") for t in training)
-    assert [t.epoch for t in listed if t.account] == [0, 1]
+    assert [t.epoch for t in listed if t.account] == [0, 1, 1]
     own = next(t for t in listed if t.flow == "report_own")
     assert own.rows == ({"a": 1, "c": 1},)
 
@@ -148,9 +148,9 @@ def test_what_is_not_asked_for_is_no_turn() -> None:
 
 def test_where_the_result_goes() -> None:
     _, listed = turns(Settings(trunk_to_everyone=True))
-    assert listed[-1].gives == tuple((Copy("trunk"), Copy("trunk_here", site)) for site in SITES)
+    assert listed[-2].gives == tuple((Copy("trunk"), Copy("trunk_here", site)) for site in SITES)
     plan, listed = turns(Settings(bottom_to_everyone=True))
-    assert listed[-1].gives == ((Copy("bottom", "a"), Copy("bottom_there")),)
+    assert listed[-2].gives == ((Copy("bottom", "a"), Copy("bottom_there")),)
     assert plan.place(Copy("bottom_there")) == "server"
 
 

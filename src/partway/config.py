@@ -141,9 +141,9 @@ class Policy(Settings, frozen=True, kw_only=True):
     scores_may_leave: bool = False
     """This site's own scores, exact, beside what blind sums say of all."""
     bottom_to_everyone: bool = False
-    """The server may hold the sites' segments at the end."""
-    trunk_to_everyone: bool = True
-    """The server's segment may travel to the sites."""
+    """Of a site: the server may hold the sites' segments at the end."""
+    trunk_to_everyone: bool = False
+    """Of the server: its segment may travel to the sites, which evaluation there needs."""
     widest_cut: Positive = 64
     """Numbers a record that may leave across a cut."""
     most_epochs: Positive = 100
@@ -154,9 +154,11 @@ class Policy(Settings, frozen=True, kw_only=True):
     least_sites: Positive = 3
     """Sites in a sum; with 2, a total minus one's own share is the other's."""
     least_records_in_sum: Count = 20
-    """Records of the others, seen from any site, in each step's sum of gradients. Twice (inputs of the first layer + 1)
-    are needed in any case."""
-    least_records_in_scores: Positive = 50
+    """Records of the others, seen from any site, in each step's sum of gradients."""
+    solvable_sums: bool = False
+    """Also fewer than twice (inputs of the first layer + 1): their records can be solved for, exactly."""
+    least_records_in_counts: Positive = 50
+    """Records of all sites behind statistics and scores."""
     clear_sums: bool = False
     """Sums may be added in the clear."""
 

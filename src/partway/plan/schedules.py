@@ -96,6 +96,7 @@ def synchronous(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
             yield Turn(gives=_visits(plan, central), step=step, epoch=last)
         if kept:
             yield Turn(gives=tuple((Copy(n, plan.sites[0]), Copy(there(n))) for n in kept), step=step, epoch=last)
+        yield Turn(account=True, step=step, epoch=last)
 
     return _with_flows(plan, central, kept), lambda sizes: tuple(turns(sizes))
 

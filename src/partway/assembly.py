@@ -1,0 +1,311 @@
+"""From a job, an identity and what lives at this party to a `Party`: the same for simulate, a site and the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from partway.config import Job, Optimizer, Policy
+from partway.data import thyroid
+from partway.data.records import Records, Schema
+from partway.egress import Door, Tap
+from partway.errors import ConfigError
+from partway.ledger import Ledger
+from partway.model.cut import cut
+from partway.model.recipe import build
+from partway.model.segment import Segment, has_batchnorm, initialise
+from partway.party import Identity, Party
+from partway.plan.configurations import CONFIGURATIONS
+from partway.plan.plan import Plan
+from partway.plan.schedules import SCHEDULES, Schedule, Settings, original
+from partway.policy import Objection, judge_job, judge_turns, refuse
+from partway.protocol.messages import Reason
+from partway.report import Result, machine
+from partway.shapes import Piece, Shapes, measure
+from partway.train import metrics
+from partway.train.baselines import OptimizerOf
+from partway.train.draws import derived, first_weights, forward_seed
+from partway.train.metrics import Scores
+from partway.train.source import RecordSource
+from partway.train.tallies import FIGURES, Evaluation, Moments, Squares, read_figures
+from partway.train.worker import Worker
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def schema_of(job: Job) -> Schema:
+    """What a record of this job looks like. Raises `ConfigError` where only Python can say."""
+    if job.records.schema == "thyroid":
+        return thyroid.SCHEMA
+    raise ConfigError("[records] schema = `dataset` is for partway.simulate, from Python; sites know `thyroid`")
+
+
+def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
+    """The plan with all its flows, and the schedule: what every party derives from the signed job alone."""
+    training, evaluation = job.training, job.evaluation
+    settings = Settings(
+        seed=job.job.seed,
+        epochs=training.epochs,
+        batch=training.batch,
+        standardise=job.records.schema != "dataset",
+        validate_every=evaluation.every if evaluation.trunk_travels else 0,
+        test=evaluation.trunk_travels,
+        site_scores=evaluation.site_scores,
+        bottom_to_everyone=job.result.bottom == "everyone",
+        trunk_to_everyone=job.result.trunk == "everyone",
+    )
+    plan = CONFIGURATIONS[training.configuration](job.sites, server)
+    return SCHEDULES[training.schedule](plan, settings)
+
+
+def optimizer_of(settings: Optimizer) -> OptimizerOf:
+    """The job's optimiser, for any parameters."""
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if settings.name == "sgd":
+            momentum, decay = settings.momentum, settings.weight_decay
+            return torch.optim.SGD(parameters, settings.lr, momentum=momentum, weight_decay=decay, fused=True)
+        kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+        return kind(parameters, settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Network:
+    """A job's network, cut."""
+
+    whole: nn.Module
+    modules: dict[str, nn.Sequential]
+    """By segment; they share the whole's weights."""
+    pieces: dict[str, Piece]
+    """What each is and costs."""
+
+    @property
+    def inputs(self) -> int:
+        """Of the first layer: from gradients of few records these can be solved for."""
+        first = next(iter(self.modules.values()))
+        return next((p[0].numel() for p in first.parameters() if p.dim() > 1), 0)
+
+
+def network_of(job: Job, policy: Policy, schema: Schema) -> Network:
+    """Builds the network by name, once the policy has allowed the name, and cuts it.
+
+    Raises:
+        Refused: the name is not allowed, or the network is too large.
+        CutError: it cannot be cut there.
+        ConfigError: its arguments are wrong, or it does not fit the records.
+    """
+    terms = job.network
+    whole = build(terms.build, terms.arguments, policy.networks, policy.most_parameters).to(DTYPES[job.training.dtype])
+    example = torch.zeros(4, *schema.shape, dtype=DTYPES[job.training.dtype])
+    try:
+        width = tuple(whole(example).shape)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"[network] {terms.build} takes no records of shape {schema.shape}: {reason}") from None
+    if width != (4, schema.classes):
+        told = f"[network] {terms.build} puts out {width[1:]} numbers a record"
+        raise ConfigError(f"{told}; the records have {schema.classes} classes")
+    plan = CONFIGURATIONS[job.training.configuration](job.sites or ("site",))
+    names = [s.name for s in plan.segments if s.kind == "net"]
+    generator = torch.Generator().manual_seed(0)
+    parts = cut(whole, torch.randn(4, *schema.shape, generator=generator), terms.cut)
+    modules = dict(zip(names, parts, strict=True))
+    pieces, tensor = {}, example[:1]
+    for number, (name, module) in enumerate(modules.items()):
+        pieces[name], tensor = measure(module, tensor, first=number == 0)
+    return Network(whole, modules, pieces)
+
+
+def shapes_of(job: Job, plan: Plan, network: Network, schema: Schema) -> Shapes:
+    """What every letter of the job carries."""
+    dtype, blind = DTYPES[job.training.dtype], job.training.sums == "blind"
+    return Shapes(
+        plan=plan,
+        pieces={s.name: network.pieces[original(s.name)] for s in plan.segments if s.kind == "net"},
+        tallies={
+            "sums": 2 * schema.numeric,
+            "squares": schema.numeric,
+            "scores": metrics.size_of_counts(schema.classes),
+        },
+        figures=FIGURES,
+        dtype=dtype,
+        words={torch.float32: 1, torch.float64: 2}[dtype] if blind else 0,
+        tally_words=2 if blind else 0,
+    )
+
+
+@dataclass(kw_only=True)
+class Place:
+    """What one party brings to a job."""
+
+    identity: Identity
+    policy: Policy
+    secret: bytes
+    """32 bytes that never leave; all draws of this party come from it."""
+    records: Records | None = None
+    folder: Path | None = None
+    """Where the ledger goes; None keeps none."""
+    device: str = "auto"
+    tap: Tap | None = None
+
+
+@dataclass(kw_only=True)
+class Assembled:
+    """A party, and what its driver wants to know of it."""
+
+    party: Party
+    job: Job
+    plan: Plan
+    network: Network
+    ledger: Ledger
+    evaluation: Evaluation | None
+
+
+def assemble(
+    job: Job,
+    digest: bytes,
+    operator: str,
+    roster: Mapping[str, str],
+    server: str,
+    place: Place,
+    schema: Schema,
+    signed_by: Callable[[bytes, bytes, bytes], bool],
+) -> Assembled:
+    """One party of a job, ready to start.
+
+    Args:
+        digest: of the signed job, 32 bytes.
+        operator: who signed it.
+        roster: key fingerprints of all parties, the server's too.
+        signed_by: (key, signature, data) -> whether the key made the signature.
+
+    Raises:
+        Refused: this party's policy does not allow the job.
+    """
+    me, policy, secret = place.identity.name, place.policy, place.secret
+    refuse(me, judge_job(policy, me, job, operator))
+    torch.set_num_threads(job.training.threads)
+    plan, schedule = plan_of(job, server)
+    network = network_of(job, policy, schema)
+    _refuse_batchnorm(me, plan, network)
+    shapes, dtype, device = shapes_of(job, plan, network, schema), DTYPES[job.training.dtype], device_of(place.device)
+    segments = {}
+    for copy in plan.placed(me):
+        module = network.modules[original(copy.segment)]
+        if copy.segment == original(copy.segment):
+            initialise(module, first_weights(secret, digest, copy.segment))
+        segments[copy] = Segment(module, dtype, device)
+    ledger = Ledger(
+        place.folder / "ledger.jsonl" if place.folder else None, derived(secret, "ledger"), place.identity.sign
+    )
+    ledger.line("job", name=job.job.name, digest=digest.hex(), party=me, operator=operator, roster=job.roster)
+    door = Door(me, ledger, place.tap)
+    source = evaluation = None
+    if place.records is not None:
+        source, evaluation = RecordSource(place.records, secret, digest, dtype, device), Evaluation(schema.classes)
+    worker = Worker(
+        plan,
+        shapes,
+        segments,
+        optimizer=optimizer_of(job.training.optimizer),
+        source=source,
+        tallies=_tallies(source, evaluation),
+        reports={"scores": evaluation.report_all, "own_scores": evaluation.report_own} if evaluation else None,
+        account=door.account,
+        draws=lambda turn, m, copy: forward_seed(secret, digest, turn, m, copy),
+        device=device,
+    )
+    party = Party(
+        place.identity,
+        plan,
+        schedule,
+        digest,
+        worker,
+        door,
+        records=place.records.sizes if place.records is not None else {},
+        roster=roster,
+        judge=lambda turns, sizes: refuse(
+            me, judge_turns(policy, me, shapes, turns, sizes, network.inputs, job.job.seed)
+        ),
+        signed_by=signed_by,
+        blind=job.training.sums == "blind",
+    )
+    return Assembled(party=party, job=job, plan=plan, network=network, ledger=ledger, evaluation=evaluation)
+
+
+def _tallies(
+    source: RecordSource | None, evaluation: Evaluation | None
+) -> dict[str, Moments | Squares | Evaluation] | None:
+    if source is None or evaluation is None:
+        return None
+    moments = Moments(source)
+    return {"sums": moments, "squares": Squares(source, moments), "scores": evaluation}
+
+
+def _refuse_batchnorm(me: str, plan: Plan, network: Network) -> None:
+    for name, module in network.modules.items():
+        if plan[name].laned and len(plan.sites) > 1 and (found := has_batchnorm(module)):
+            words = f"the {name} has BatchNorm at {found}, whose statistics differ at each site; use GroupNorm"
+            refuse(me, iter([Objection(Reason.BATCHNORM, words)]))
+
+
+def device_of(name: str) -> str:
+    """`auto` is CUDA where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def result_of(assembled: Assembled, seconds: float) -> Result:
+    """What this party knows at the end."""
+    party, job, evaluation = assembled.party, assembled.job, assembled.evaluation
+    worker, me = party.worker, party.me
+    told = [(turn, site, read_figures(row)) for turn, site, row in worker.board]
+    seen: list[tuple[str, int, Scores]] = [(t.records, t.epoch, s) for t, _, s in told if t.flow == "report"]
+    sites = {site: s for turn, site, s in told if turn.flow == "report_own"}
+    if evaluation is not None:
+        seen = list(evaluation.all)
+        sites = {me: evaluation.own["test"]} if "test" in evaluation.own else {}
+    weights = weights_of(assembled)
+    return Result(
+        job=msgspec.to_builtins(job),
+        party=me,
+        seconds=seconds,
+        steps=sum(1 for t in party.session.turns if t.train),
+        losses=[float(loss) for loss in worker.losses],
+        validation=[{"epoch": epoch, **asdict(s)} for part, epoch, s in seen if part == "validation"],
+        all=next((asdict(s) for part, _, s in seen if part == "test"), {}),
+        sites={site: asdict(s) for site, s in sites.items()},
+        cost={me: party.cost},
+        holds=_holders(job, assembled.plan),
+        ledgers={me: assembled.ledger.head.hex(), **{p: head.hex() for p, head in worker.accounts.items()}},
+        machine=machine(job.training.threads),
+        whole=weights.keys() == assembled.network.whole.state_dict().keys(),
+        weights=weights,
+    )
+
+
+def weights_of(assembled: Assembled) -> dict[str, Tensor]:
+    """The weights that this party may hold at the end, by their original names."""
+    party, terms = assembled.party, _holders(assembled.job, assembled.plan)
+    tensors: dict[str, Tensor] = {}
+    for copy, segment in party.worker.segments.items():
+        if original(copy.segment) in terms[party.me]:
+            tensors.update({name: tensor.cpu() for name, tensor in segment.tensors().items()})
+    return tensors
+
+
+def _holders(job: Job, plan: Plan) -> dict[str, list[str]]:
+    """Who holds which segments at the end, by the job's `[result]`."""
+    nets = [s for s in plan.segments if s.kind == "net" and s.name == original(s.name)]
+    at_sites, central = ([s.name for s in nets if s.laned is laned] for laned in (True, False))
+    sites = at_sites + (central if job.result.trunk == "everyone" else [])
+    hub = central + (at_sites if job.result.bottom == "everyone" else [])
+    return {**dict.fromkeys(plan.sites, sites), plan.hub: hub}

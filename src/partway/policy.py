@@ -1,0 +1,153 @@
+"""What this party allows, from its own file: yes, or every reason why not.
+
+The whole run is judged before turn 0: first the job as written, before anything it names is imported; then every
+turn that follows from it and from the sites' sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from partway.config import Job, Policy
+from partway.errors import Refused
+from partway.plan.batches import union_batches
+from partway.plan.plan import Edge, Plan, Rows, Sizes, Turn
+from partway.protocol.messages import Reason
+from partway.shapes import Shapes
+
+
+class Objection(NamedTuple):
+    """One thing that this party does not allow: an enum for others, words for its own people."""
+
+    reason: Reason
+    words: str
+
+
+def refuse(me: str, objections: Iterator[Objection]) -> None:
+    """Raises `Refused` with all of them, if there are any."""
+    if found := list(objections):
+        words = "; ".join(o.words for o in found)
+        raise Refused(f"{me} refuses the job: {words}", [o.reason.name for o in found])
+
+
+def judge_job(policy: Policy, me: str, job: Job, operator: str) -> Iterator[Objection]:
+    """The job as its operator wrote and signed it."""
+    training, build = job.training, job.network.build
+    if operator not in policy.operators:
+        yield Objection(Reason.OPERATOR, f"operator {operator} is not in [policy] operators")
+    if build not in policy.networks:
+        yield Objection(Reason.NETWORK, f"network {build} is not in [policy] networks")
+    if training.epochs > policy.most_epochs:
+        words = f"{training.epochs} epochs; [policy] most_epochs is {policy.most_epochs}"
+        yield Objection(Reason.EPOCHS, words)
+    if training.sums == "clear" and not policy.clear_sums:
+        yield Objection(Reason.CLEAR_SUM, "sums would be added in the clear; [policy] clear_sums is false")
+    for site, fingerprint in job.roster.items():
+        if site == me or not policy.sites:
+            continue
+        if site not in policy.sites:
+            yield Objection(Reason.ROSTER, f"site {site} is not in [policy] sites")
+        elif policy.sites[site] != fingerprint:
+            yield Objection(Reason.ROSTER, f"site {site}'s key is not the one pinned in [policy] sites")
+
+
+def judge_turns(
+    policy: Policy, me: str, shapes: Shapes, turns: Sequence[Turn], sizes: Sizes, inputs: int, seed: int
+) -> Iterator[Objection]:
+    """Every turn of the run, at one party.
+
+    Args:
+        inputs: of the first layer; from the gradients of too few records those records can be solved for.
+        seed: the job's, from which the smallest batch that would hold is searched.
+    """
+    plan = shapes.plan
+    for flow in sorted({turn.flow for turn in turns}):
+        for edge in plan.edges(flow):
+            yield from _judge_edge(policy, me, shapes, edge)
+    yield from _judge_gives(policy, me, plan, turns)
+    yield from _judge_cost(policy, me, shapes)
+    if any(turn.sums for turn in turns) and 1 < len(plan.sites) < policy.least_sites:
+        words = f"a sum over {len(plan.sites)} sites; [policy] least_sites is {policy.least_sites}"
+        yield Objection(Reason.SITES, words)
+    yield from _judge_smallest_step(policy, turns, sizes, inputs, seed)
+    counted = [sum(rows.values()) for t in turns if ("tally" in dict(t.sums)) for rows in t.rows]
+    if counted and min(counted) < policy.least_records_in_counts:
+        words = f"counts over {min(counted)} records; [policy] least_records_in_counts is "
+        yield Objection(Reason.EVALUATION, words + str(policy.least_records_in_counts))
+
+
+def _judge_edge(policy: Policy, me: str, shapes: Shapes, edge: Edge) -> Iterator[Objection]:
+    plan = shapes.plan
+    if plan[edge.source].at == plan[edge.target].at:
+        return
+    held = {name: any(plan.place(c) == me for c in plan.copies(name)) for name in (edge.source, edge.target)}
+    if held[edge.source] and edge.kind == "labels" and not policy.labels_may_leave:
+        words = f"labels would leave ({edge}); [policy] labels_may_leave is false: a u_shaped job keeps them here"
+        yield Objection(Reason.LABELS, words)
+    if held[edge.source] and edge.source == "own_scores" and not policy.scores_may_leave:
+        words = "this site's own scores would leave; [policy] scores_may_leave is false"
+        yield Objection(Reason.SCORES, words)
+    leaves = held[edge.source] or (held[edge.target] and edge.gradient)
+    if leaves and edge.kind == "activations" and (width := shapes.pieces[edge.source].width) > policy.widest_cut:
+        words = f"{width} numbers a record would leave ({edge}); [policy] widest_cut is {policy.widest_cut}"
+        yield Objection(Reason.WIDTH, words)
+
+
+def _judge_gives(policy: Policy, me: str, plan: Plan, turns: Sequence[Turn]) -> Iterator[Objection]:
+    """What is handed on for good. From site to site nothing is given that all sites do not train together."""
+    given = {a.segment: plan.place(b) for t in turns for a, b in t.gives if plan.place(a) == me != plan.place(b)}
+    for segment, receiver in sorted(given.items()):
+        if me in plan.sites and receiver not in plan.sites and not policy.bottom_to_everyone:
+            words = f"{receiver} would hold the {segment}; [policy] bottom_to_everyone is false"
+            yield Objection(Reason.RESULT, words)
+        if me not in plan.sites and not policy.trunk_to_everyone:
+            words = f"the {segment} would travel to the sites; [policy] trunk_to_everyone is false"
+            yield Objection(Reason.RESULT, words)
+
+
+def _judge_cost(policy: Policy, me: str, shapes: Shapes) -> Iterator[Objection]:
+    pieces = [shapes.pieces[c.segment] for c in shapes.plan.placed(me)]
+    flops = sum(p.forward + p.backward for p in pieces)
+    if flops > policy.most_flops:
+        words = f"{flops:,} FLOPs a record here; [policy] most_flops is {policy.most_flops:,}"
+        yield Objection(Reason.NETWORK_SIZE, words)
+
+
+def _judge_smallest_step(
+    policy: Policy, turns: Sequence[Turn], sizes: Sizes, inputs: int, seed: int
+) -> Iterator[Objection]:
+    steps = [t for t in turns if "gradient" in dict(t.sums)]
+    least = max(policy.least_records_in_sum, 0 if policy.solvable_sums else 2 * (inputs + 1))
+    fewest = min((others(rows) for t in steps for rows in t.rows), default=least)
+    if fewest < least:
+        epochs = 1 + max(t.epoch for t in steps)
+        training = {site: parts["train"] for site, parts in sizes.items()}
+        words = f"in some step only {fewest} records of the other sites hide each one's; {least} are needed"
+        yield Objection(Reason.RECORDS, f"{words}: {_advice(training, epochs, least, seed)}")
+
+
+def others(rows: Rows) -> int:
+    """Records of the others in a step, for the site that sees the fewest of them.
+
+    >>> others({"a": 5, "b": 2, "c": 1})
+    3
+    """
+    return sum(rows.values()) - max(rows.values())
+
+
+def _advice(training: Mapping[str, int], epochs: int, least: int, seed: int) -> str:
+    """The smallest batch that holds, found by bisection over the job's own draws."""
+
+    def holds(batch: int) -> bool:
+        return all(
+            others(b.rows) >= least for epoch in range(epochs) for b in union_batches(training, batch, seed, epoch)
+        )
+
+    low, high = 1, sum(training.values())
+    if not holds(high):
+        return "these sites have too few records for it at any batch"
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return f"use [training] batch = {high} or more"

@@ -1,0 +1,95 @@
+"""What a run leaves behind: `Result`, as `result.json` and as a network that can be loaded again."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from partway import __version__
+from partway.cost import Cost
+
+
+@dataclass
+class Result:
+    """One party's account of a run, or, from `simulate`, everybody's.
+
+    A row of scores has `records`, `accuracy`, `balanced_accuracy`, `macro_auc` and `auc_classes`.
+    """
+
+    job: dict[str, Any]
+    party: str
+    seconds: float = 0.0
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    """The mean loss of each step, at a party that has the labels."""
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    """Scores over all sites' validation records, by `epoch`, from blind sums."""
+    all: dict[str, Any] = field(default_factory=dict)
+    """Scores over all sites' test records, from blind sums."""
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Sites' own exact scores on their test records, as far as this party knows them."""
+    cost: dict[str, Cost] = field(default_factory=dict)
+    holds: dict[str, list[str]] = field(default_factory=dict)
+    """Which party holds which segments at the end, by the job's terms."""
+    ledgers: dict[str, str] = field(default_factory=dict)
+    """Heads of the parties' ledgers, as far as they were told."""
+    machine: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
+    """Whether `weights` are the whole network."""
+    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """What this party may hold, by original name; not part of `result.json`."""
+
+    def words(self) -> dict[str, Any]:
+        """Everything but the weights, as plain data."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weights"}
+        return named | {"cost": {party: asdict(cost) for party, cost in self.cost.items()}}
+
+    def write(self, folder: Path) -> list[Path]:
+        """`result.json`, and the weights: `network.safetensors` if they are the whole, else `segments.safetensors`.
+
+        Each file is written whole or not at all.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / "result.json"]
+        write_whole(files[0], json.dumps(self.words(), indent=2).encode())
+        if self.weights:
+            files.append(folder / ("network.safetensors" if self.whole else "segments.safetensors"))
+            beside = files[1].with_suffix(".part")
+            contiguous = {name: tensor.contiguous() for name, tensor in self.weights.items()}
+            save_file(contiguous, beside, metadata={"job": json.dumps(self.job)})
+            beside.replace(files[1])
+        return files
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file is there whole, or as it was before."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_bytes(data)
+    beside.replace(path)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What "the same bits" depends on."""
+    return {
+        "partway": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "threads": threads,
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

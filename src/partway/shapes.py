@@ -1,0 +1,130 @@
+"""What each letter of a job carries, told from plan and network: a receiver checks it before it reads a payload."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from partway.plan.plan import Plan, Turn
+from partway.privacy.seal import SEAL_BYTES
+from partway.protocol.messages import LetterKind
+from partway.protocol.net import Post
+from partway.wire.tensors import NAMES, Spec, payload_size, spec_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What must be known of a segment to tell its letters and its cost beforehand; shapes are for one record."""
+
+    output: tuple[int, ...]
+    size: int
+    """Trainable numbers."""
+    state: tuple[Spec, ...]
+    """What a give of it carries."""
+    forward: int
+    """FLOPs for one record, 2 for a multiply-add."""
+    backward: int
+    """FLOPs for one record."""
+
+    @property
+    def width(self) -> int:
+        """Numbers that cross the cut behind it, for one record."""
+        return math.prod(self.output)
+
+
+def measure(module: nn.Module, example: Tensor, first: bool) -> tuple[Piece, Tensor]:
+    """What a piece of a network is and costs, and its output for the next piece.
+
+    Args:
+        module: on the CPU, in the job's dtype. It is run on `example`, and its buffers are not touched.
+        example: one record, shape (1, ...).
+        first: its input is data, so no gradient flows into it.
+    """
+    training = module.training
+    module.eval()
+    inputs = example.detach().clone().requires_grad_(not first)
+    with FlopCounterMode(display=False) as forward:
+        output = module(inputs)
+    backward = 0
+    if output.requires_grad:
+        with FlopCounterMode(display=False) as counter:
+            output.sum().backward()
+        backward = counter.get_total_flops()
+        module.zero_grad(set_to_none=True)
+    module.train(training)
+    piece = Piece(
+        output=tuple(output.shape[1:]),
+        size=sum(p.numel() for p in module.parameters() if p.requires_grad),
+        state=tuple(spec_of(name, tensor) for name, tensor in module.state_dict().items()),
+        forward=forward.get_total_flops(),
+        backward=backward,
+    )
+    return piece, output.detach()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Of every letter of one job."""
+
+    plan: Plan
+    pieces: Mapping[str, Piece]
+    """By segment."""
+    tallies: Mapping[str, int]
+    """How many numbers each tally counts."""
+    figures: int
+    """Numbers in a report of scores."""
+    dtype: torch.dtype
+    words: int
+    """int64 words for a number of a gradient in a blind sum; 0 where sums are added in the clear."""
+    tally_words: int
+    """The same for counts, which are float64."""
+
+    def of(self, turn: Turn, post: Post) -> tuple[Spec, ...]:
+        """The tensors of a letter, before any sealing."""
+        kind, name = post.kind, NAMES[self.dtype]
+        if kind is LetterKind.ACTIVATIONS:
+            return (Spec("x", name, (self._rows(turn, post), *self.pieces[post.source.segment].output)),)
+        if kind is LetterKind.GRADIENT:
+            return (Spec("x", name, (self._rows(turn, post), *self.pieces[post.target.segment].output)),)
+        if kind is LetterKind.LABELS:
+            return (Spec("x", "int64", (self._rows(turn, post),)),)
+        if kind is LetterKind.SCORES:
+            return (Spec("x", "float64", (1, self.figures)),)
+        if kind in (LetterKind.SHARE, LetterKind.SUM):
+            return (self._summed(post.source.segment),)
+        if kind is LetterKind.STATE:
+            return self.pieces[post.source.segment].state
+        if kind in (LetterKind.EQUAL, LetterKind.ACCOUNT):
+            return (Spec("x", "uint8", (32,)),)
+        return ()
+
+    def sealed(self, sender: str, receiver: str) -> bool:
+        """Letters between two parties that are not the hub pass through it, and are sealed from it."""
+        return self.plan.hub not in (sender, receiver)
+
+    def on_the_wire(self, turn: Turn, post: Post, sender: str, receiver: str) -> tuple[Spec, ...]:
+        """The tensors as the frame's header names them."""
+        specs = self.of(turn, post)
+        if specs and self.sealed(sender, receiver):
+            return (Spec("sealed", "uint8", (payload_size(specs) + SEAL_BYTES,)),)
+        return specs
+
+    def bytes_of(self, turn: Turn, post: Post, sender: str, receiver: str) -> int:
+        """Of a letter's tensors as they cross."""
+        return payload_size(self.on_the_wire(turn, post, sender, receiver))
+
+    def _rows(self, turn: Turn, post: Post) -> int:
+        rows = turn.rows[post.micro_batch]
+        return min(self.plan.rows(post.source, rows), self.plan.rows(post.target, rows))
+
+    def _summed(self, segment: str) -> Spec:
+        if segment in self.tallies:
+            count, words, name = self.tallies[segment], self.tally_words, "float64"
+        else:
+            count, words, name = self.pieces[segment].size, self.words, NAMES[self.dtype]
+        return Spec("x", "int64", (count * words,)) if words else Spec("x", name, (count,))

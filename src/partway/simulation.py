@@ -1,0 +1,198 @@
+"""All parties of a job in one process, over memory transport: the same parties, door and frames as the real thing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch.utils.data import Dataset
+
+from partway import pki
+from partway.assembly import Assembled, Place, assemble, result_of
+from partway.config import Job, Policy, read_job
+from partway.data.records import Records
+from partway.egress import Tap
+from partway.errors import DataError, JobFailed
+from partway.party import Out
+from partway.report import Result
+from partway.train.draws import derived
+from partway.transport.memory import Wire
+from partway.wire import frames
+
+SERVER = "server"
+
+
+def permissive(build: str) -> Policy:
+    """What a simulated party allows: everything, for nobody's records leave this process."""
+    return Policy(
+        networks=[build],
+        operators=["simulate"],
+        labels_may_leave=True,
+        scores_may_leave=True,
+        bottom_to_everyone=True,
+        trunk_to_everyone=True,
+        widest_cut=2**31 - 1,
+        most_epochs=2**31 - 1,
+        most_parameters=2**31 - 1,
+        most_flops=2**53 - 1,
+        least_sites=2,
+        least_records_in_sum=0,
+        solvable_sums=True,
+        least_records_in_counts=1,
+        clear_sums=True,
+    )
+
+
+@dataclass
+class Federation:
+    """The parties of a job in one process."""
+
+    job: Job
+    digest: bytes
+    secrets: dict[str, bytes]
+    """Of each party."""
+    parties: dict[str, Assembled]
+
+    def run(self, wire: Wire | None = None, watch: Callable[[str, Assembled], None] | None = None) -> None:
+        """Delivers messages until nothing moves. Raises what a party raises; `JobFailed` if one has not ended.
+
+        Args:
+            wire: delivers in order if not given.
+            watch: called with each party that has taken a message.
+        """
+        wire = wire or Wire()
+
+        def post(sender: str, out: Out) -> None:
+            for link, made in out:
+                wire.put(sender, link, b"".join(made))
+
+        for name, assembled in self.parties.items():
+            post(name, assembled.party.start())
+        while (taken := wire.take()) is not None:
+            sender, receiver, message = taken
+            for frame in frames.split(message, sender):
+                if receiver == SERVER and frame.head.to != SERVER:
+                    wire.put(SERVER, frame.head.to, bytes(frame.data))  # between two sites: forwarded, unread
+                    continue
+                post(receiver, self.parties[receiver].party.receive(sender, frame))
+                if watch is not None:
+                    watch(receiver, self.parties[receiver])
+        stuck = {name: a.party.session.waits_for() for name, a in self.parties.items() if not a.party.ended}
+        if stuck:
+            waits = "; ".join(f"{name} waits for {', '.join(missing)}" for name, missing in stuck.items())
+            raise JobFailed(f"nothing moves any more: {waits}")
+
+
+def federation(
+    job: Job,
+    records: Mapping[str, Records],
+    *,
+    policy: Policy | None = None,
+    taps: Mapping[str, Tap] | None = None,
+    folder: Path | None = None,
+    device: str = "auto",
+) -> Federation:
+    """All parties of a job, each with its own certificate, secret, policy, door and ledger.
+
+    Args:
+        records: by site; the job's roster is made from it.
+        policy: of every party; everything is allowed if it is not given.
+        folder: each party's ledger goes into a folder of its name here.
+    """
+    steward = pki.Authority.create("simulate")
+    identities = {site: steward.admit(site, pki.Role.SITE) for site in sorted(records)}
+    identities[SERVER] = steward.admit(SERVER, pki.Role.SERVER, ["localhost"])
+    everyone = {name: identity.fingerprint for name, identity in identities.items()}
+    # Keys are fresh in each run, and what stands for the signed job is not: the same job draws the same again.
+    unsigned = msgspec.structs.replace(job, roster=dict.fromkeys(sorted(records), ""))
+    digest = derived(b"partway/simulate", msgspec.json.encode(unsigned, order="sorted").hex())
+    job = msgspec.structs.replace(job, roster={site: everyone[site] for site in records})
+    secrets = {name: derived(b"partway/simulate", job.job.seed, name) for name in identities}
+    schemas = {r.schema for r in records.values()}
+    if len(schemas) != 1:
+        raise DataError(f"the sites' records do not look alike: {', '.join(sorted(map(str, schemas)))}")
+    parties = {}
+    for name, identity in identities.items():
+        home = folder / name if folder else None
+        if home:
+            home.mkdir(parents=True, exist_ok=True)
+        place = Place(
+            identity=identity,
+            policy=policy or permissive(job.network.build),
+            secret=secrets[name],
+            records=records.get(name),
+            folder=home,
+            device=device,
+            tap=(taps or {}).get(name),
+        )
+        (schema,) = schemas
+        parties[name] = assemble(job, digest, "simulate", everyone, SERVER, place, schema, pki.signed_by)
+    return Federation(job, digest, secrets, parties)
+
+
+def simulate(
+    job: Job | str | Path,
+    data: Mapping[str, Records] | Mapping[str, Dataset[Any]],
+    *,
+    classes: int | None = None,
+    folder: Path | None = None,
+    watch: Callable[[str, Assembled], None] | None = None,
+) -> Result:
+    """Runs a job in one process and returns what all its parties know together.
+
+    Args:
+        job: a `Job`, the text of a job file, or its path. Its roster is made from `data`.
+        data: by site, its `Records`, or any PyTorch dataset of (features, label), which is divided by the job's seed.
+        classes: how many there are, where `data` holds datasets.
+        folder: where ledgers, result and network are written; nothing is written without it.
+        watch: called with each party that has taken a message, for progress.
+
+    Raises:
+        ConfigError: the job cannot be read, or its network does not fit the records.
+        DataError: there are no records, or the sites' do not look alike.
+        CutError: the network cannot be cut there.
+    """
+    if not isinstance(job, Job):
+        where = str(job) if isinstance(job, Path) else "the job"
+        job = read_job(job.read_bytes() if isinstance(job, Path) else job, where)
+    records: dict[str, Records] = {}
+    for site, given in data.items():
+        if isinstance(given, Records):
+            records[site] = given
+        elif classes is None:
+            raise DataError("simulate needs classes=... where data holds datasets")
+        else:
+            records[site] = Records.from_dataset(given, classes, job.job.seed)
+    if classes is not None:
+        job = msgspec.structs.replace(job, records=msgspec.structs.replace(job.records, schema="dataset"))
+    began = time.perf_counter()
+    whole = federation(job, records, folder=folder)
+    whole.run(watch=watch)
+    result = together(whole, time.perf_counter() - began)
+    for assembled in whole.parties.values():
+        assembled.ledger.end("done")
+    if folder is not None:
+        result.write(folder)
+    return result
+
+
+def together(whole: Federation, seconds: float) -> Result:
+    """What all parties of a run know, as one result."""
+    each = {name: result_of(assembled, seconds) for name, assembled in whole.parties.items()}
+    result = each[SERVER]
+    result.party = "simulate"
+    for site in whole.job.sites:
+        own = each[site]
+        result.sites.update(own.sites)
+        result.cost.update(own.cost)
+        result.ledgers.update(own.ledgers)
+        result.all, result.validation = own.all, own.validation
+        result.weights.update(own.weights)
+        result.whole = result.whole or own.whole
+    state = next(iter(whole.parties.values())).network.whole.state_dict()
+    result.whole = result.weights.keys() == state.keys()
+    return result

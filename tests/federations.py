@@ -1,0 +1,118 @@
+"""Small federations for the tests: five sites with 0, 1 and many records in a step, and the pooled loop beside them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from partway.assembly import DTYPES, optimizer_of
+from partway.config import Job, read_job
+from partway.data.records import Records
+from partway.model.cut import cut
+from partway.model.segment import initialise
+from partway.simulation import Federation, federation
+from partway.train import baselines
+from partway.train.draws import first_weights
+from partway.train.source import RecordSource
+from partway.wire import frames
+
+SITES = ("a", "b", "c", "d", "e")
+SIZES = {"a": 40, "b": 25, "c": 1, "d": 9, "e": 14}
+
+
+def job_of(sections: Mapping[str, Mapping[str, Any]] | None = None, **training: Any) -> Job:
+    """A small job; `training` is its `[training]`, `sections` changes others."""
+    u_shaped = training.get("configuration") == "u_shaped"
+    words: dict[str, dict[str, Any]] = {
+        "job": {"name": "small", "seed": 5},
+        "network": {
+            "build": "partway.model.zoo:mlp",
+            "arguments": {"inputs": 6, "hidden": [8, 5], "classes": 3},
+            "cut": ["hidden.1", "hidden.3"] if u_shaped else ["hidden.1"],
+        },
+        "records": {"schema": "dataset"},
+        "training": {"epochs": 2, "batch": 16, "dtype": "float64", **training},
+        "evaluation": {"every": 0, "trunk_travels": True},
+    }
+    for name, more in (sections or {}).items():
+        words[name] = {**words.get(name, {}), **more}
+    return read_job(toml(words))
+
+
+def toml(words: Mapping[str, Mapping[str, Any]]) -> str:
+    """TOML of sections, as far as job, site and server files need it."""
+
+    def value(v: Any) -> str:
+        if isinstance(v, Mapping):
+            return "{ " + ", ".join(f"{key} = {value(inner)}" for key, inner in v.items()) + " }"
+        return msgspec.json.encode(v).decode()
+
+    return "\n".join(
+        f"[{name}]\n" + "".join(f"{key} = {value(v)}\n" for key, v in section.items())
+        for name, section in words.items()
+    )
+
+
+def records_of(site: str, train: int, seed: int = 0) -> Records:
+    """Random records of six features, of which three classes can be learnt."""
+    generator = torch.Generator().manual_seed(1000 * seed + sum(map(ord, site)))
+    total = train + 12 + 20
+    features = torch.randn(total, 6, generator=generator, dtype=torch.float64)
+    labels = (features[:, 0] * 1.5 + features[:, 1]).clamp(-1, 1).round().long() + 1
+    index = torch.arange(total)
+    division = {"train": index[:train], "validation": index[train : train + 12], "test": index[train + 12 :]}
+    return Records(features, labels, classes=3, numeric=(), division=division)
+
+
+def small(job: Job, sizes: Mapping[str, int] = SIZES, **more: Any) -> Federation:
+    return federation(job, {site: records_of(site, n) for site, n in sizes.items()}, **more)
+
+
+def pooled(whole: Federation, *, other_order: bool = False) -> tuple[nn.Module, list[float]]:
+    """One plain loop over the same records in the same order, from the same first weights; and its losses."""
+    job, some = whole.job, next(iter(whole.parties.values()))
+    dtype = DTYPES[job.training.dtype]
+    network = copy.deepcopy(some.network.whole)
+    names = list(some.network.modules)
+    for name, module in zip(names, cut(network, torch.zeros(4, 6), job.network.cut), strict=True):
+        owner = whole.job.sites[0] if some.plan[name].laned else "server"
+        initialise(module, first_weights(whole.secrets[owner], whole.digest, name))
+    takes = {}
+    for site in job.sites:
+        source = whole.parties[site].party.worker.source
+        assert isinstance(source, RecordSource)
+        secret = bytes(32) if other_order else whole.secrets[site]
+        takes[site] = RecordSource(source.records, secret, whole.digest, dtype).take
+    batches = baselines.union_batches(some.party.session.turns, job.sites, takes)
+    return network, baselines.train(network, optimizer_of(job.training.optimizer), batches)
+
+
+def difference(whole: Federation, network: nn.Module) -> float:
+    """The largest difference of any parameter of any trained copy, at any party, from the network's."""
+    state = network.state_dict()
+    return max(
+        float((tensor - state[name]).abs().max())
+        for assembled in whole.parties.values()
+        for copy_, segment in assembled.party.worker.segments.items()
+        if not copy_.segment.endswith(("_here", "_there"))
+        for name, tensor in segment.tensors().items()
+    )
+
+
+def bits(whole: Federation) -> bytes:
+    """Every weight of every copy at every party."""
+    return b"".join(
+        segment.weights().numpy().tobytes()
+        for _, assembled in sorted(whole.parties.items())
+        for _, segment in sorted(assembled.party.worker.segments.items())
+    )
+
+
+def frames_of(out: Any) -> list[tuple[str, frames.Frame]]:
+    """What a party would send, decoded."""
+    return [(link, frames.decode(data, "a party")) for link, made in out for data in made]
