@@ -58,7 +58,7 @@ HOUSE = {
     "attack": Room(rooms="errors model privacy wire data train"),
     "pki": Room(rooms="errors config", never="torch"),
     "report": Room(rooms=f"{CORE} shapes cost"),
-    "assembly": Room(rooms=f"{ACCOUNTS} data train party", never="socket"),
+    "assembly": Room(rooms=f"{ACCOUNTS} data train party report", never="socket"),
     "site": Room(rooms=PROCESS),
     "server": Room(rooms=PROCESS),
     "simulation": Room(rooms="*"),

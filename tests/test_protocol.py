@@ -16,7 +16,6 @@ from partway.plan.configurations import chain, u_shaped, vanilla
 from partway.plan.plan import Copy, Edge, Plan, Segment, Turn
 from partway.plan.schedules import Schedule, Settings, synchronous
 from partway.protocol.messages import (
-    Address,
     Bye,
     Counts,
     Fail,
@@ -27,11 +26,12 @@ from partway.protocol.messages import (
     LetterKind,
     Message,
     Offer,
+    Post,
     Ready,
     Reason,
 )
-from partway.protocol.net import Post, Task, compile
-from partway.protocol.session import TABLE, Derive, Do, Send, Session, State, agreement, posted
+from partway.protocol.net import Task, compile
+from partway.protocol.session import TABLE, Derive, Do, Send, Session, State, agreement
 from partway.protocol.step import NOT_YET, Notice, Step
 
 SITES = ("a", "b", "c")
@@ -178,8 +178,9 @@ def forged(rng: random.Random, real: list[Said]) -> Said:
     head, message = one.head, one.message
     what = rng.choice(["sender", "to", "job", "epoch", "letter", "turn"])
     if what == "letter" and isinstance(message, Letter) and isinstance(other.message, Letter):
-        field = rng.choice(["kind", "source", "target", "micro_batch"])
-        return Said(head, msgspec.structs.replace(message, **{field: getattr(other.message, field)}))
+        field = rng.choice(Post._fields)
+        post = message.post._replace(**{field: getattr(other.message.post, field)})
+        return Said(head, msgspec.structs.replace(message, post=post))
     if what == "turn" and isinstance(message, Letter):
         return Said(head, msgspec.structs.replace(message, turn=max(0, message.turn + rng.choice([-1, 1, 2, 9]))))
     change = {"job": bytes(32), "epoch": 1}
@@ -402,7 +403,7 @@ def joined() -> Players:
     [
         (msgspec.structs.replace(hello_of("a"), version="2"), "install the same version"),
         (Ready(bytes(32), b"", b""), None),
-        (Letter(0, LetterKind.SHARE, Address("sums", "a"), Address("sums")), "while server is joining"),
+        (Letter(0, Post(LetterKind.SHARE, Copy("sums", "a"), Copy("sums"))), "while server is joining"),
         (Bye(), "while server is joining"),
         (Offer(b"", b""), "while server is joining"),
     ],
@@ -479,13 +480,6 @@ def test_a_group_key_is_noted_once() -> None:
     assert session.receive(Head("b", "a", JOB), GroupKey(b"1")) is Notice.ALREADY
     with pytest.raises(PeerError, match="twice"):
         session.receive(Head("b", "a", JOB), GroupKey(b"2"))
-
-
-def test_a_letter_keeps_its_name() -> None:
-    post = Post(LetterKind.ACTIVATIONS, Copy("bottom", "a"), Copy("trunk"), 3)
-    letter = Letter(7, post.kind, Address(*post.source), Address(*post.target), post.micro_batch)
-    assert posted(letter) == post
-    assert str(post) == "ACTIVATIONS bottom@a -> trunk"
 
 
 def test_chain_is_one_path() -> None:

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partway.errors import PartwayError, PeerError
+from partway.plan.plan import Copy
 from partway.protocol.messages import (
-    Address,
     Bye,
     Counts,
     Fail,
@@ -26,6 +26,7 @@ from partway.protocol.messages import (
     LetterKind,
     Message,
     Offer,
+    Post,
     Ready,
     Reason,
 )
@@ -34,18 +35,18 @@ from partway.wire.frames import LARGEST_HEADER, PREFIX, decode, encode, split
 from partway.wire.tensors import DTYPES, Spec
 
 HEAD = Head("svi", "server", bytes(range(32)), 0)
-LETTER = Letter(7, LetterKind.ACTIVATIONS, Address("bottom", "svi"), Address("trunk"))
+LETTER = Letter(7, Post(LetterKind.ACTIVATIONS, Copy("bottom", "svi"), Copy("trunk")))
 
 
 def test_a_letter_byte_by_byte() -> None:
     frame = encode(HEAD, LETTER, {"x": torch.tensor([[1.0, 2.0]])})
     head = b"\x94\xa3svi\xa6server\xc4\x20" + bytes(range(32)) + b"\x00"
-    letter = b"\x96\xa6letter\x07\x01\x92\xa6bottom\xa3svi\x92\xa5trunk\xa0\x00"
+    letter = b"\x93\xa6letter\x07\x94\x01\x92\xa6bottom\xa3svi\x92\xa5trunk\xa0\x00"
     tensors = b"\x91\x93\xa1x\xa7float32\x92\x01\x02"
     header = b"\x93" + head + letter + tensors
-    prefix = b"PWAY\x01\x00\x00\x00" + b"\x5e\x00\x00\x00\x00\x00\x00\x00" + b"\x08\x00\x00\x00\x00\x00\x00\x00"
-    assert len(header) == 0x5E
-    assert frame == prefix + header + bytes(128 - 24 - 0x5E) + b"\x00\x00\x80\x3f\x00\x00\x00\x40"
+    prefix = b"PWAY\x01\x00\x00\x00" + b"\x5f\x00\x00\x00\x00\x00\x00\x00" + b"\x08\x00\x00\x00\x00\x00\x00\x00"
+    assert len(header) == 0x5F
+    assert frame == prefix + header + bytes(128 - 24 - 0x5F) + b"\x00\x00\x80\x3f\x00\x00\x00\x40"
 
 
 @pytest.mark.parametrize(
@@ -164,8 +165,8 @@ def header_of(message: object, tensors: object = (), head: object = ("svi", "ser
         (with_header(header_of(["letter", 7])), "cannot be read"),
         (with_header(header_of(["bye", "more"])), "cannot be read"),
         (with_header(header_of(["execute", "rm"])), "cannot be read"),
-        (with_header(header_of(["letter", -1, 1, ["a", ""], ["b", ""], 0])), "cannot be read"),
-        (with_header(header_of(["letter", 1, 99, ["a", ""], ["b", ""], 0])), "cannot be read"),
+        (with_header(header_of(["letter", -1, [1, ["a", ""], ["b", ""], 0]])), "cannot be read"),
+        (with_header(header_of(["letter", 1, [99, ["a", ""], ["b", ""], 0]])), "cannot be read"),
         (with_header(header_of(["greet", "1" * 33])), "cannot be read"),
         (with_header(header_of(["bye"], head=("../x", "server", b"", 0))), "cannot be read"),
         (with_header(header_of(["bye"], head=("a" * 65, "server", b"", 0))), "cannot be read"),

@@ -15,8 +15,8 @@ from torch import Tensor
 from partway.errors import JobFailed
 from partway.ledger import Count, Edge, Ledger
 from partway.plan.plan import Turn
-from partway.protocol.messages import Head, Letter, Message
-from partway.protocol.net import Net, Post
+from partway.protocol.messages import Head, Letter, Message, Post
+from partway.protocol.net import Net
 from partway.shapes import Shapes
 from partway.wire import frames
 from partway.wire import tensors as wire_tensors
@@ -49,11 +49,11 @@ class Door:
         self.ledger.line("message", what=type(message).__name__, to=head.to)
         return frames.encode(head, message)
 
-    def send(self, head: Head, letter: Letter, post: Post, tensors: Mapping[str, Tensor]) -> bytes:
+    def send(self, head: Head, letter: Letter, tensors: Mapping[str, Tensor]) -> bytes:
         """A letter's frame. Raises `JobFailed` if it is not what was agreed; then nothing leaves."""
         if self._shapes is None:
             raise JobFailed(f"{self.me}: nothing was agreed, so nothing leaves")
-        turn = self._turns[letter.turn]
+        turn, post = self._turns[letter.turn], letter.post
         if letter.turn > self._until:
             self._open(letter.turn)
         if self._tap is not None:

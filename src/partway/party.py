@@ -22,7 +22,7 @@ from partway.plan.schedules import Schedule
 from partway.privacy.blind_sum import BlindSum, ClearSum
 from partway.privacy.seal import Keys, Public, statement
 from partway.protocol.messages import Counts, Fail, Head, Hello, Letter, Message, Ready, Reason
-from partway.protocol.session import Derive, Do, Effect, Send, Session, State, Unwrap, posted
+from partway.protocol.session import Derive, Do, Effect, Send, Session, State, Unwrap
 from partway.protocol.step import NOT_YET
 from partway.train.worker import Worker
 from partway.wire import tensors as wire_tensors
@@ -150,7 +150,7 @@ class Party:
         if isinstance(message, Letter):
             self._count(frame)
             self._begin(self.session.at)
-            self.worker.deliver(posted(message), self._opened(frame, message))
+            self.worker.deliver(message.post, self._opened(frame, message))
         yield from self._run(outcome)
         return True
 
@@ -167,7 +167,7 @@ class Party:
         """Name, dtype and shape from the header, before a payload is touched."""
         if letter.turn >= len(self.session.turns):
             return  # the session refuses it
-        turn, post = self.session.turns[letter.turn], posted(letter)
+        turn, post = self.session.turns[letter.turn], letter.post
         route = self.session.nets[letter.turn].letters.get(post)
         if route is None:
             return  # and this
@@ -177,7 +177,7 @@ class Party:
 
     def _opened(self, frame: Frame, letter: Letter) -> dict[str, Tensor]:
         """A letter's tensors, unsealed and finite."""
-        sender, post, shapes = frame.head.sender, posted(letter), self.worker.shapes
+        sender, post, shapes = frame.head.sender, letter.post, self.worker.shapes
         tensors = frame.tensors()
         if tensors and shapes.sealed(sender, self.me):
             if self._keys is None:
@@ -216,10 +216,10 @@ class Party:
 
     def _frame(self, effect: Send) -> bytes:
         head = self.session.head(effect.to)
-        if effect.post is None or not isinstance(effect.message, Letter):
+        if not isinstance(effect.message, Letter):
             return self.door.say(head, effect.message)
         self._waits = True
-        return self.door.send(head, effect.message, effect.post, self.worker.body(effect.post))
+        return self.door.send(head, effect.message, self.worker.body(effect.message.post))
 
     # -- keys and signatures
 

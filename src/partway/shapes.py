@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from partway.plan.plan import Plan, Turn
 from partway.privacy.seal import SEAL_BYTES
-from partway.protocol.messages import LetterKind
-from partway.protocol.net import Post
+from partway.protocol.messages import LetterKind, Post
 from partway.wire.tensors import NAMES, Spec, payload_size, spec_of
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ def shuffled(places: int, *key: object) -> list[int]:
     [1, 3, 4, 2, 0]
     """
     stream = hashlib.shake_256("\0".join(map(str, ("partway/batches/v1", *key))).encode()).digest(8 * places)
-    return sorted(range(places), key=lambda place: stream[8 * place : 8 * place + 8])
+    return sorted(range(places), key=struct.unpack(f">{places}Q", stream).__getitem__)
 
 
 def union_batches(sizes: Mapping[str, int], batch: int, seed: int, epoch: int) -> Iterator[Batch]:

@@ -111,8 +111,12 @@ class Plan:
     def lanes(self, name: str) -> tuple[str, ...]:
         return self.sites if self[name].laned else (ONE,)
 
+    @cached_property
+    def _copies(self) -> dict[str, tuple[Copy, ...]]:
+        return {s.name: tuple(Copy(s.name, lane) for lane in self.lanes(s.name)) for s in self.segments}
+
     def copies(self, name: str) -> tuple[Copy, ...]:
-        return tuple(Copy(name, lane) for lane in self.lanes(name))
+        return self._copies[name]
 
     def place(self, copy: Copy) -> str:
         """The party at which a copy lives."""

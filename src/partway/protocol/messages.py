@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
+from partway.plan.plan import Copy
+
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-Lane = Annotated[str, Meta(max_length=64)]
-SegmentName = Annotated[str, Meta(min_length=1, max_length=80)]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Signature = Annotated[bytes, Meta(max_length=80)]
 Key = Annotated[bytes, Meta(max_length=128)]
@@ -132,21 +132,23 @@ class Ready(Message, frozen=True, tag="ready"):
     signature: Signature
 
 
-class Address(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A copy of a segment, as letters name it; an empty lane is a single copy or a sum."""
+class Post(NamedTuple):
+    """A letter's name within its turn. Its copies must be the plan's; of accounts and ticks they name parties."""
 
-    segment: SegmentName
-    lane: Lane = ""
+    kind: LetterKind
+    source: Copy
+    target: Copy
+    micro_batch: Annotated[int, Meta(ge=0, lt=2**16)] = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind.name} {self.source} -> {self.target}"
 
 
 class Letter(Message, frozen=True, tag="letter"):
     """One thing that one party must tell another in a turn; the tensors follow the header."""
 
     turn: Annotated[int, Meta(ge=0, lt=2**40)]
-    kind: LetterKind
-    source: Address
-    target: Address
-    micro_batch: Annotated[int, Meta(ge=0, lt=2**16)] = 0
+    post: Post
 
 
 class Bye(Message, frozen=True, tag="bye"):

@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from partway.plan.plan import Copy, Edge, Plan, Turn
-from partway.protocol.messages import LetterKind
+from partway.protocol.messages import LetterKind, Post
 
 Unit = Copy
 """One optimiser: Copy(party, lane)."""
@@ -33,18 +33,6 @@ class Task(NamedTuple):
     what: Copy
     """The copy it is about; for a sum its segment without lane, for accounts and ticks the parties."""
     micro_batch: int = 0
-
-
-class Post(NamedTuple):
-    """The name of a letter within a turn."""
-
-    kind: LetterKind
-    source: Copy
-    target: Copy
-    micro_batch: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.kind.name} {self.source} -> {self.target}"
 
 
 class Work(NamedTuple):
@@ -67,6 +55,15 @@ class Route(NamedTuple):
     """The receiver's own tasks without which it cannot exist."""
 
 
+class Part(NamedTuple):
+    """One party's tasks in a net."""
+
+    missing: dict[Task, int]
+    """How many needs each task has at first."""
+    feeds: dict[Task | Post, list[Task]]
+    """The tasks that need a task or a letter."""
+
+
 class Net(NamedTuple):
     """One turn, for all parties."""
 
@@ -74,6 +71,8 @@ class Net(NamedTuple):
     letters: dict[Post, Route]
     owed: dict[tuple[str, str], frozenset[Task]]
     """`owed[p, q]`: the tasks of q without which p cannot finish this turn."""
+    parts: dict[str, Part]
+    """By party; a party without a task has none."""
 
 
 class Shape(NamedTuple):
@@ -133,7 +132,17 @@ class _Compiler:
         for task, work in self.tasks.items():
             for earlier in self.before(task):
                 owed.setdefault((work.at, self.tasks[earlier].at), set()).add(earlier)
-        return Net(self.tasks, self.letters, {pair: frozenset(tasks) for pair, tasks in owed.items()})
+        frozen = {pair: frozenset(tasks) for pair, tasks in owed.items()}
+        return Net(self.tasks, self.letters, frozen, self.parts())
+
+    def parts(self) -> dict[str, Part]:
+        parts: dict[str, Part] = {}
+        for task, work in self.tasks.items():
+            part = parts.setdefault(work.at, Part({}, {}))
+            part.missing[task] = len(work.needs)
+            for need in work.needs:
+                part.feeds.setdefault(need, []).append(task)
+        return parts
 
     def task(self, kind: str, what: Copy, at: str, micro_batch: int = 0, needs: Iterable[Task | Post] = ()) -> Task:
         task = Task(kind, what, micro_batch)

@@ -17,19 +17,18 @@ from typing import NamedTuple, cast
 import msgspec
 
 from partway.errors import JobFailed, PeerError
-from partway.plan.plan import Copy, Plan, Sizes, Turn
+from partway.plan.plan import Plan, Sizes, Turn
 from partway.plan.schedules import Schedule
-from partway.protocol.messages import Address, Bye, Counts, Fail, GroupKey, Head, Hello, Letter, Message, Ready, Reason
-from partway.protocol.net import Net, Post, Task, compile
+from partway.protocol.messages import Bye, Counts, Fail, GroupKey, Head, Hello, Letter, Message, Ready, Reason
+from partway.protocol.net import Net, Task, compile
 from partway.protocol.step import ALREADY, NOT_YET, Notice, Step, route
 
 
 class Send(NamedTuple):
-    """Say this to that party; `post` names the letter whose tensors go with it."""
+    """Say this to that party; with a letter go its tensors."""
 
     to: str
     message: Message
-    post: Post | None = None
 
 
 class Do(NamedTuple):
@@ -136,11 +135,8 @@ class Session:
     def did(self, task: Task) -> list[Effect]:
         """The worker has done a task of the current turn."""
         step, turn = self._step(), self.at
-        effects: list[Effect] = []
-        for post in step.did(task):
-            letter = Letter(turn, post.kind, Address(*post.source), Address(*post.target), post.micro_batch)
-            effects.append(Send(step.net.letters[post].receiver, letter, post))
-        return effects + (self._next(turn + 1) if step.finished else self._due())
+        letters: list[Effect] = [Send(step.net.letters[post].receiver, Letter(turn, post)) for post in step.did(task)]
+        return letters + (self._next(turn + 1) if step.finished else self._due())
 
     def fail(self, reason: Reason, peer: str = "") -> list[Effect]:
         """This party gives up; every other is told why, as an enum."""
@@ -172,8 +168,7 @@ class Session:
             return sorted(set(self.peers) - set(said))
         if self.step is None:
             return sorted(set(self.peers) - set(self._notes[Bye])) if self.state is State.LEAVING else []
-        missing = {need for needs in self.step.waits.values() for need in needs if isinstance(need, Post)}
-        return sorted({self.step.net.letters[post].sender for post in missing})
+        return sorted({self.step.net.letters[post].sender for post in self.step.waits_for()})
 
     # -- the handlers that the table names
 
@@ -227,7 +222,7 @@ class Session:
         letter = cast(Letter, message)
         if letter.turn >= len(self.turns):
             raise PeerError(sender, f"sent a letter of turn {letter.turn}; there are {len(self.turns)}")
-        post = posted(letter)
+        post = letter.post
         found = route(self.nets[letter.turn], self.me, sender, post)
         if letter.turn < self.at or self.state is State.ENDED:
             return ALREADY
@@ -277,7 +272,7 @@ class Session:
         """Goes on to the first turn, from this one on, in which this party has a part."""
         for number in range(turn, len(self.turns)):
             step = Step(self.me, self.nets[number])
-            if step.waits:
+            if not step.finished:
                 self.at, self.step = number, step
                 return self._due()
         self.at, self.step, self.state = len(self.turns), None, State.LEAVING
@@ -304,12 +299,6 @@ class Session:
         ):
             return True
         return self._next_from(sender, self.at + 1) is not None
-
-
-def posted(letter: Letter) -> Post:
-    """A letter's name within its turn."""
-    source, target = letter.source, letter.target
-    return Post(letter.kind, Copy(source.segment, source.lane), Copy(target.segment, target.lane), letter.micro_batch)
 
 
 def agreement(hellos: dict[str, Hello], turns: Iterable[Turn]) -> bytes:

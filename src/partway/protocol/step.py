@@ -5,7 +5,8 @@ from __future__ import annotations
 from enum import Enum
 
 from partway.errors import PeerError
-from partway.protocol.net import Net, Post, Route, Task
+from partway.protocol.messages import Post
+from partway.protocol.net import Net, Part, Route, Task
 
 
 class Notice(Enum):
@@ -37,21 +38,23 @@ class Step:
         self.me, self.net = me, net
         self.heard: dict[Post, int] = {}
         self.done: set[Task] = set()
-        self.waits = {task: set(work.needs) for task, work in net.tasks.items() if work.at == me}
-        self._due = [task for task, needs in self.waits.items() if not needs]
-        self._feeds: dict[Task | Post, list[Task]] = {}
-        for task, needs in self.waits.items():
-            for need in needs:
-                self._feeds.setdefault(need, []).append(task)
+        missing, self._feeds = net.parts.get(me, Part({}, {}))
+        self._missing = dict(missing)
+        self._due = [task for task, count in missing.items() if not count]
 
     @property
     def finished(self) -> bool:
-        return len(self.done) == len(self.waits)
+        """All of this party's tasks are done."""
+        return len(self.done) == len(self._missing)
 
     def due(self) -> list[Task]:
-        """The tasks that have become possible since the last call."""
+        """The tasks that can be done now and were not told before."""
         due, self._due = self._due, []
         return due
+
+    def waits_for(self) -> list[Post]:
+        """The letters that are still to come."""
+        return [need for need in self._feeds if isinstance(need, Post) and need not in self.heard]
 
     def did(self, task: Task) -> list[Post]:
         """The worker has done a task; returns the letters that it made."""
@@ -78,7 +81,6 @@ class Step:
 
     def _met(self, need: Task | Post) -> None:
         for task in self._feeds.get(need, ()):
-            waits = self.waits[task]
-            waits.discard(need)
-            if not waits:
+            self._missing[task] -= 1
+            if not self._missing[task]:
                 self._due.append(task)

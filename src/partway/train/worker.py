@@ -18,8 +18,8 @@ from partway.errors import JobFailed, PeerError
 from partway.model.segment import Segment
 from partway.plan.plan import Copy, Edge, Plan, Rows, Turn
 from partway.privacy.blind_sum import Numbers, Words, add
-from partway.protocol.messages import LetterKind
-from partway.protocol.net import EDGE_LETTERS, Net, Post, Task
+from partway.protocol.messages import LetterKind, Post
+from partway.protocol.net import EDGE_LETTERS, Net, Task
 from partway.shapes import Shapes
 from partway.train.baselines import OptimizerOf
 
