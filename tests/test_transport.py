@@ -320,7 +320,7 @@ def test_a_silent_site_is_noticed_and_an_idle_one_is_not(tmp_path: Path) -> None
         assert serving.driver.messages.get(timeout=20) == b"still there?"
         site.send_signal(signal.SIGSTOP)
         began = time.monotonic()
-        assert serving.driver.lost_for.get(timeout=20) == "the connection was lost"
+        assert "gone, or was silent for 2 s" in serving.driver.lost_for.get(timeout=20)
         assert time.monotonic() - began < 2 * silence
     finally:
         site.kill()
@@ -336,7 +336,7 @@ def test_a_killed_site_is_noticed_at_once(tmp_path: Path) -> None:
     try:
         serving.driver.links.get(timeout=20)
         site.kill()
-        assert serving.driver.lost_for.get(timeout=10) == "the connection was lost"
+        assert "connection is gone" in serving.driver.lost_for.get(timeout=10)
     finally:
         site.wait()
         serving.close()

@@ -171,15 +171,13 @@ class Listener:
             await context.abort(*_status(error))
         writer = asyncio.create_task(link.write(context))
         reader = asyncio.create_task(self._read(link, messages))
-        reason = "the connection was lost"
+        reason = f"its connection is gone, or was silent for {self._silence:g} s"
         try:
             done, _ = await asyncio.wait((writer, reader), return_when=asyncio.FIRST_COMPLETED)
             if writer in done and not writer.exception():
                 why = writer.result()
                 reason = str(why)
                 await context.abort(*_status(why))
-            elif reader in done and not reader.exception():
-                reason = "it closed the connection"
         finally:
             writer.cancel()
             reader.cancel()
