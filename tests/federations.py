@@ -6,13 +6,13 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 
 from partway.assembly import DTYPES, optimizer_of
 from partway.config import Job, read_job
 from partway.data.records import Records
+from partway.local import toml
 from partway.model.cut import cut
 from partway.model.segment import initialise
 from partway.simulation import Federation, federation
@@ -42,20 +42,6 @@ def job_of(sections: Mapping[str, Mapping[str, Any]] | None = None, **training: 
     for name, more in (sections or {}).items():
         words[name] = {**words.get(name, {}), **more}
     return read_job(toml(words))
-
-
-def toml(words: Mapping[str, Mapping[str, Any]]) -> str:
-    """TOML of sections, as far as job, site and server files need it."""
-
-    def value(v: Any) -> str:
-        if isinstance(v, Mapping):
-            return "{ " + ", ".join(f"{key} = {value(inner)}" for key, inner in v.items()) + " }"
-        return msgspec.json.encode(v).decode()
-
-    return "\n".join(
-        f"[{name}]\n" + "".join(f"{key} = {value(v)}\n" for key, v in section.items())
-        for name, section in words.items()
-    )
 
 
 def records_of(site: str, train: int, seed: int = 0) -> Records:

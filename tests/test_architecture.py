@@ -62,6 +62,7 @@ HOUSE = {
     "site": Room(rooms=PROCESS),
     "server": Room(rooms=PROCESS),
     "simulation": Room(rooms="*"),
+    "local": Room(rooms="*"),
     "demo": Room(rooms="*"),
     "cli": Room(rooms="*"),
     "": Room(rooms="*"),

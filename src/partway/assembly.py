@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from partway.model.recipe import build
 from partway.model.segment import Segment, has_batchnorm, initialise
 from partway.party import Identity, Party
 from partway.plan.configurations import CONFIGURATIONS
-from partway.plan.plan import Plan
+from partway.plan.plan import Plan, Sizes, Turn
 from partway.plan.schedules import SCHEDULES, Schedule, Settings, original
-from partway.policy import Objection, judge_job, judge_turns, refuse
+from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
 from partway.protocol.messages import Reason
 from partway.report import Result, machine
 from partway.shapes import Piece, Shapes, measure
@@ -222,6 +222,11 @@ def assemble(
         draws=lambda turn, m, copy: forward_seed(secret, digest, turn, m, copy),
         device=device,
     )
+
+    def judge(turns: Sequence[Turn], sizes: Sizes) -> None:
+        refuse(me, judge_turns(policy, me, shapes, turns))
+        refuse(me, judge_groups(policy, plan, turns, sizes, network.inputs, job.job.seed))
+
     party = Party(
         place.identity,
         plan,
@@ -231,9 +236,7 @@ def assemble(
         door,
         records=place.records.sizes if place.records is not None else {},
         roster=roster,
-        judge=lambda turns, sizes: refuse(
-            me, judge_turns(policy, me, shapes, turns, sizes, network.inputs, job.job.seed)
-        ),
+        judge=judge,
         signed_by=signed_by,
         blind=job.training.sums == "blind",
     )

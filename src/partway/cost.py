@@ -32,7 +32,7 @@ def forecast(shapes: Shapes, me: str, turns: Iterable[tuple[Turn, Net]]) -> Cost
                 cost.flops += records * (piece.forward if task.kind == "forward" else piece.backward)
         for post, route in net.letters.items():
             if me in (route.sender, route.receiver):
-                size = shapes.bytes_of(turn, post, route.sender, route.receiver)
+                size = shapes.of(turn, post, route.sender, route.receiver).nbytes
                 if route.sender == me:
                     cost.bytes_up += size
                 else:

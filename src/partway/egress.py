@@ -58,19 +58,18 @@ class Door:
             self._open(letter.turn)
         if self._tap is not None:
             self._tap(head, letter, tensors)
-        expected = self._shapes.of(turn, post)
-        if tuple(wire_tensors.spec_of(name, t) for name, t in tensors.items()) != expected:
+        due = self._shapes.of(turn, post, self.me, head.to)
+        if tuple(wire_tensors.spec_of(name, t) for name, t in tensors.items()) != due.plain:
             raise JobFailed(f"{self.me}: {post} is not what the plan says, so it does not leave")
         for name, tensor in tensors.items():
             if not finite(tensor):
                 raise JobFailed(f"{self.me}: {post} holds NaN or infinite numbers in {name}; lower the learning rate")
-        if expected and self._shapes.sealed(self.me, head.to):
+        if due.plain and self._shapes.sealed(self.me, head.to):
             tensors = {"sealed": self._sealed(head, letter, tensors)}
         frame = frames.encode(head, letter, tensors)
-        if expected:
-            size = self._shapes.bytes_of(turn, post, self.me, head.to)
-            self.ledger.left(edge(post, head.to), size, frame)
-            self.bytes_up += size
+        if due.nbytes:
+            self.ledger.left(edge(post, head.to), due.nbytes, frame)
+            self.bytes_up += due.nbytes
         return frame
 
     def account(self) -> bytes:
@@ -100,7 +99,7 @@ class Door:
         for number in range(first, last + 1):
             for post, route in self._nets[number].letters.items():
                 if route.sender == self.me:
-                    size = self._shapes.bytes_of(turns[number], post, self.me, route.receiver)
+                    size = self._shapes.of(turns[number], post, self.me, route.receiver).nbytes
                     if size:
                         most.setdefault(edge(post, route.receiver), Count()).add(1, size)
         self.ledger.open((first, last), most)

@@ -138,11 +138,9 @@ class Party:
     def _take(self, frame: Frame) -> Generator[tuple[str, list[bytes]], None, bool]:
         """Gives one frame to the session; the generator's value is whether anything came of it."""
         head, message = frame.head, frame.message
-        content = 0
         if isinstance(message, Letter):
             self._check_tensors(frame, message)
-            content = hash(frame.data)
-        outcome = self.session.receive(head, message, content)
+        outcome = self.session.receive(head, message, frame.data)
         if outcome is NOT_YET and self._held.setdefault((head, message), frame).data != frame.data:
             raise PeerError(head.sender, f"sent {type(message).__name__} twice, with different content")
         if not isinstance(outcome, list):
@@ -155,7 +153,8 @@ class Party:
         return True
 
     def _begin(self, turn: int) -> None:
-        self.worker.begin(turn, self.session.turns[turn], self.session.nets[turn])
+        if turn != self.worker.at:
+            self.worker.begin(turn, self.session.turns[turn], self.session.nets[turn])
 
     def _count(self, frame: Frame) -> None:
         self.worker.cost.bytes_down += len(frame.payload)
@@ -171,9 +170,9 @@ class Party:
         route = self.session.nets[letter.turn].letters.get(post)
         if route is None:
             return  # and this
-        expected = self.worker.shapes.on_the_wire(turn, post, route.sender, route.receiver)
-        if frame.specs != expected:
-            raise PeerError(frame.head.sender, f"sent {post} as {_words(frame.specs)}; due is {_words(expected)}")
+        due = self.worker.shapes.of(turn, post, route.sender, route.receiver).wire
+        if frame.specs != due:
+            raise PeerError(frame.head.sender, f"sent {post} as {_words(frame.specs)}; due is {_words(due)}")
 
     def _opened(self, frame: Frame, letter: Letter) -> dict[str, Tensor]:
         """A letter's tensors, unsealed and finite."""
@@ -183,7 +182,10 @@ class Party:
             if self._keys is None:
                 raise JobFailed(f"{self.me} has no key to open {post}")
             plain = self._keys.open(sender, tensors["sealed"].numpy().tobytes(), associated(frame.head, letter))
-            tensors = wire_tensors.unpack(shapes.of(self.session.turns[letter.turn], post), plain)
+            due = shapes.of(self.session.turns[letter.turn], post, sender, self.me).plain
+            if len(plain) != wire_tensors.payload_size(due):
+                raise PeerError(sender, f"sealed {len(plain)} bytes for {post}; due is {_words(due)}")
+            tensors = wire_tensors.unpack(due, plain)
         for name, tensor in tensors.items():
             if not finite(tensor):
                 raise PeerError(sender, f"sent {post} with NaN or infinite numbers in {name}")

@@ -52,26 +52,40 @@ def judge_job(policy: Policy, me: str, job: Job, operator: str) -> Iterator[Obje
             yield Objection(Reason.ROSTER, f"site {site}'s key is not the one pinned in [policy] sites")
 
 
-def judge_turns(
-    policy: Policy, me: str, shapes: Shapes, turns: Sequence[Turn], sizes: Sizes, inputs: int, seed: int
-) -> Iterator[Objection]:
-    """Every turn of the run, at one party.
-
-    Args:
-        inputs: of the first layer; from the gradients of too few records those records can be solved for.
-        seed: the job's, from which the smallest batch that would hold is searched.
-    """
+def judge_turns(policy: Policy, me: str, shapes: Shapes, turns: Sequence[Turn]) -> Iterator[Objection]:
+    """What every turn would send from one party, and what it would compute there."""
     plan = shapes.plan
     for flow in sorted({turn.flow for turn in turns}):
         for edge in plan.edges(flow):
             yield from _judge_edge(policy, me, shapes, edge)
     yield from _judge_gives(policy, me, plan, turns)
-    yield from _judge_cost(policy, me, shapes)
+    pieces = [shapes.pieces[c.segment] for c in plan.placed(me)]
+    if (flops := sum(p.forward + p.backward for p in pieces)) > policy.most_flops:
+        words = f"{flops:,} FLOPs a record here; [policy] most_flops is {policy.most_flops:,}"
+        yield Objection(Reason.NETWORK_SIZE, words)
+
+
+def judge_groups(
+    policy: Policy, plan: Plan, turns: Sequence[Turn], sizes: Sizes, inputs: int, seed: int
+) -> Iterator[Objection]:
+    """Whether every sum is over enough sites and records.
+
+    Args:
+        inputs: of the first layer; from the gradients of too few records those records can be solved for.
+        seed: the job's, from which the smallest batch that would hold is searched.
+    """
     if any(turn.sums for turn in turns) and 1 < len(plan.sites) < policy.least_sites:
         words = f"a sum over {len(plan.sites)} sites; [policy] least_sites is {policy.least_sites}"
         yield Objection(Reason.SITES, words)
-    yield from _judge_smallest_step(policy, turns, sizes, inputs, seed)
-    counted = [sum(rows.values()) for t in turns if ("tally" in dict(t.sums)) for rows in t.rows]
+    steps = [t for t in turns if "gradient" in dict(t.sums)]
+    least = max(policy.least_records_in_sum, 0 if policy.solvable_sums else 2 * (inputs + 1))
+    fewest = min((others(rows) for t in steps for rows in t.rows), default=least)
+    if fewest < least:
+        epochs = 1 + max(t.epoch for t in steps)
+        training = {site: parts["train"] for site, parts in sizes.items()}
+        words = f"in some step only {fewest} records of the other sites hide each one's; {least} are needed"
+        yield Objection(Reason.RECORDS, f"{words}: {_advice(training, epochs, least, seed)}")
+    counted = [sum(rows.values()) for t in turns if "tally" in dict(t.sums) for rows in t.rows]
     if counted and min(counted) < policy.least_records_in_counts:
         words = f"counts over {min(counted)} records; [policy] least_records_in_counts is "
         yield Objection(Reason.EVALUATION, words + str(policy.least_records_in_counts))
@@ -106,27 +120,6 @@ def _judge_gives(policy: Policy, me: str, plan: Plan, turns: Sequence[Turn]) -> 
             yield Objection(Reason.RESULT, words)
 
 
-def _judge_cost(policy: Policy, me: str, shapes: Shapes) -> Iterator[Objection]:
-    pieces = [shapes.pieces[c.segment] for c in shapes.plan.placed(me)]
-    flops = sum(p.forward + p.backward for p in pieces)
-    if flops > policy.most_flops:
-        words = f"{flops:,} FLOPs a record here; [policy] most_flops is {policy.most_flops:,}"
-        yield Objection(Reason.NETWORK_SIZE, words)
-
-
-def _judge_smallest_step(
-    policy: Policy, turns: Sequence[Turn], sizes: Sizes, inputs: int, seed: int
-) -> Iterator[Objection]:
-    steps = [t for t in turns if "gradient" in dict(t.sums)]
-    least = max(policy.least_records_in_sum, 0 if policy.solvable_sums else 2 * (inputs + 1))
-    fewest = min((others(rows) for t in steps for rows in t.rows), default=least)
-    if fewest < least:
-        epochs = 1 + max(t.epoch for t in steps)
-        training = {site: parts["train"] for site, parts in sizes.items()}
-        words = f"in some step only {fewest} records of the other sites hide each one's; {least} are needed"
-        yield Objection(Reason.RECORDS, f"{words}: {_advice(training, epochs, least, seed)}")
-
-
 def others(rows: Rows) -> int:
     """Records of the others in a step, for the site that sees the fewest of them.
 
@@ -145,7 +138,7 @@ def _advice(training: Mapping[str, int], epochs: int, least: int, seed: int) -> 
         )
 
     low, high = 1, sum(training.values())
-    if not holds(high):
+    if not high or not holds(high):
         return "these sites have too few records for it at any batch"
     while high - low > 1:
         middle = (low + high) // 2

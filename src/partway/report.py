@@ -20,7 +20,7 @@ from partway.cost import Cost
 class Result:
     """One party's account of a run, or, from `simulate`, everybody's.
 
-    A row of scores has `records`, `accuracy`, `balanced_accuracy`, `macro_auc` and `auc_classes`.
+    A row of scores has `records`, `accuracy`, `balanced_accuracy`, `macro_auc` and `classes`.
     """
 
     job: dict[str, Any]

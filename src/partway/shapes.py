@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,17 @@ def measure(module: nn.Module, example: Tensor, first: bool) -> tuple[Piece, Ten
     return piece, output.detach()
 
 
+class Carried(NamedTuple):
+    """What one letter carries."""
+
+    plain: tuple[Spec, ...]
+    """Its tensors, before any sealing."""
+    wire: tuple[Spec, ...]
+    """The tensors as its frame's header names them."""
+    nbytes: int
+    """Of the tensors as they cross."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
     """Of every letter of one job."""
@@ -82,44 +94,42 @@ class Shapes:
     """int64 words for a number of a gradient in a blind sum; 0 where sums are added in the clear."""
     tally_words: int
     """The same for counts, which are float64."""
+    _known: dict[tuple[LetterKind, str, str, int, bool], Carried] = field(default_factory=dict, repr=False)
 
-    def of(self, turn: Turn, post: Post) -> tuple[Spec, ...]:
-        """The tensors of a letter, before any sealing."""
-        kind, name = post.kind, NAMES[self.dtype]
-        if kind is LetterKind.ACTIVATIONS:
-            return (Spec("x", name, (self._rows(turn, post), *self.pieces[post.source.segment].output)),)
-        if kind is LetterKind.GRADIENT:
-            return (Spec("x", name, (self._rows(turn, post), *self.pieces[post.target.segment].output)),)
-        if kind is LetterKind.LABELS:
-            return (Spec("x", "int64", (self._rows(turn, post),)),)
-        if kind is LetterKind.SCORES:
-            return (Spec("x", "float64", (1, self.figures)),)
-        if kind in (LetterKind.SHARE, LetterKind.SUM):
-            return (self._summed(post.source.segment),)
-        if kind is LetterKind.STATE:
-            return self.pieces[post.source.segment].state
-        if kind in (LetterKind.EQUAL, LetterKind.ACCOUNT):
-            return (Spec("x", "uint8", (32,)),)
-        return ()
+    def of(self, turn: Turn, post: Post, sender: str, receiver: str) -> Carried:
+        """What a letter carries in a turn from one party to another."""
+        rows = 0
+        if post.kind in (LetterKind.ACTIVATIONS, LetterKind.GRADIENT, LetterKind.LABELS):
+            counts = turn.rows[post.micro_batch]
+            rows = min(self.plan.rows(post.source, counts), self.plan.rows(post.target, counts))
+        key = (post.kind, post.source.segment, post.target.segment, rows, self.sealed(sender, receiver))
+        if key not in self._known:
+            self._known[key] = self._carried(*key)
+        return self._known[key]
 
     def sealed(self, sender: str, receiver: str) -> bool:
         """Letters between two parties that are not the hub pass through it, and are sealed from it."""
         return self.plan.hub not in (sender, receiver)
 
-    def on_the_wire(self, turn: Turn, post: Post, sender: str, receiver: str) -> tuple[Spec, ...]:
-        """The tensors as the frame's header names them."""
-        specs = self.of(turn, post)
-        if specs and self.sealed(sender, receiver):
-            return (Spec("sealed", "uint8", (payload_size(specs) + SEAL_BYTES,)),)
-        return specs
-
-    def bytes_of(self, turn: Turn, post: Post, sender: str, receiver: str) -> int:
-        """Of a letter's tensors as they cross."""
-        return payload_size(self.on_the_wire(turn, post, sender, receiver))
-
-    def _rows(self, turn: Turn, post: Post) -> int:
-        rows = turn.rows[post.micro_batch]
-        return min(self.plan.rows(post.source, rows), self.plan.rows(post.target, rows))
+    def _carried(self, kind: LetterKind, source: str, target: str, rows: int, sealed: bool) -> Carried:
+        name = NAMES[self.dtype]
+        plain: tuple[Spec, ...] = ()
+        if kind is LetterKind.ACTIVATIONS:
+            plain = (Spec("x", name, (rows, *self.pieces[source].output)),)
+        elif kind is LetterKind.GRADIENT:
+            plain = (Spec("x", name, (rows, *self.pieces[target].output)),)
+        elif kind is LetterKind.LABELS:
+            plain = (Spec("x", "int64", (rows,)),)
+        elif kind is LetterKind.SCORES:
+            plain = (Spec("x", "float64", (1, self.figures)),)
+        elif kind in (LetterKind.SHARE, LetterKind.SUM):
+            plain = (self._summed(source),)
+        elif kind is LetterKind.STATE:
+            plain = self.pieces[source].state
+        elif kind in (LetterKind.EQUAL, LetterKind.ACCOUNT):
+            plain = (Spec("x", "uint8", (32,)),)
+        wire = (Spec("sealed", "uint8", (payload_size(plain) + SEAL_BYTES,)),) if plain and sealed else plain
+        return Carried(plain, wire, payload_size(wire))
 
     def _summed(self, segment: str) -> Spec:
         if segment in self.tallies:

@@ -33,6 +33,7 @@ HEADROOM = 62
 """Every limb of a total stays below 2^62."""
 _BLOCK = 1 << 16
 """Words masked at once: 512 KiB, so that a mask never exists whole."""
+_ZEROS = memoryview(bytes(8 * _BLOCK))
 
 
 def encode(share: Numbers, sites: int) -> Words:
@@ -112,12 +113,12 @@ class BlindSum:
         """
         plain = encode(share, len(self._keys.seats))
         self._use_once(turn, segment, plain.tobytes())
-        masked = plain.copy()
+        masked, label = plain.copy(), self._label(turn, segment)
         for name, secret in self._keys.masking.items():
-            self._stream(secret, turn, segment, masked, np.add if self._keys.me < name else np.subtract)
+            _stream(secret, label, masked, np.add if self._keys.me < name else np.subtract)
         if self._keys.me == self._keys.seats[0]:
             # One site and not all: S times a mask has zeros in its low bits where S is even, and they would lie open.
-            self._stream(self._group, turn, segment, masked, np.add)
+            _stream(self._group, label, masked, np.add)
         return masked
 
     def unmask(self, turn: int, segment: str, total: Words, dtype: np.dtype) -> Numbers:
@@ -129,7 +130,7 @@ class BlindSum:
         if turn != self._turn or segment not in self._sent:
             raise JobFailed(f"{self._keys.me} has sent no share of {segment} in turn {turn}, and takes no total")
         plain = total.copy()
-        self._stream(self._group, turn, segment, plain, np.subtract)
+        _stream(self._group, self._label(turn, segment), plain, np.subtract)
         return decode(plain, dtype)
 
     def _use_once(self, turn: int, segment: str, plain: bytes) -> None:
@@ -138,15 +139,18 @@ class BlindSum:
         if turn < self._turn or self._sent.setdefault(segment, plain) != plain:
             raise JobFailed(f"{self._keys.me} has used the mask of {segment} in turn {turn} before")
 
-    def _stream(self, secret: bytes, turn: int, segment: str, words: Words, apply: Callable[..., object]) -> None:
-        """Adds or subtracts AES-256-CTR keystream, read as little-endian words, in place."""
-        name = segment.encode()
-        text = b"partway/sum/mask/v1\0" + self._keys.job + struct.pack("<IQH", self._keys.epoch, turn, len(name)) + name
-        key = hmac.digest(secret, text, "sha256")
-        encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-        for start in range(0, words.size, _BLOCK):
-            block = words[start : start + _BLOCK]
-            apply(block, np.frombuffer(encryptor.update(bytes(8 * block.size)), "<u8"), out=block)
+    def _label(self, turn: int, segment: str) -> bytes:
+        """What a mask's key is derived for: two sums never share one."""
+        name, keys = segment.encode(), self._keys
+        return b"partway/sum/mask/v1\0" + keys.job + struct.pack("<IQH", keys.epoch, turn, len(name)) + name
+
+
+def _stream(secret: bytes, label: bytes, words: Words, apply: Callable[..., object]) -> None:
+    """Adds or subtracts AES-256-CTR keystream, read as little-endian words, in place."""
+    encryptor = Cipher(algorithms.AES(hmac.digest(secret, label, "sha256")), modes.CTR(bytes(16))).encryptor()
+    for start in range(0, words.size, _BLOCK):
+        block = words[start : start + _BLOCK]
+        apply(block, np.frombuffer(encryptor.update(_ZEROS[: 8 * block.size]), "<u8"), out=block)
 
 
 class ClearSum:

@@ -58,7 +58,9 @@ class Reason(IntEnum):
     BATCHNORM = 22
     """Policy: a segment that several sites hold contains BatchNorm, which cannot equal pooled training."""
     EVALUATION = 23
-    """Policy: scores would be summed over too few records."""
+    """Policy: counts would be summed over too few records."""
+    REPEATED = 24
+    """Policy: this very job, as signed, has run at this party before."""
 
 
 class LetterKind(IntEnum):
@@ -84,6 +86,10 @@ class Greet(Message, frozen=True, tag="greet"):
     """The first message each way on a link, before any job."""
 
     version: Annotated[str, Meta(max_length=32)]
+
+
+ANYBODY = "anybody"
+"""To whom a site greets, before it knows the server's name."""
 
 
 class Offer(Message, frozen=True, tag="offer"):

@@ -41,6 +41,8 @@ class Work(NamedTuple):
     at: str
     needs: set[Task | Post]
     """What must have happened at this party, or come to it, before."""
+    takes: list[Post]
+    """What it uses, in a fixed order: letters that come, and what would be one if it were not made here."""
     sends: list[Post]
 
 
@@ -146,16 +148,17 @@ class _Compiler:
 
     def task(self, kind: str, what: Copy, at: str, micro_batch: int = 0, needs: Iterable[Task | Post] = ()) -> Task:
         task = Task(kind, what, micro_batch)
-        self.tasks.setdefault(task, Work(at, set(needs), []))
+        self.tasks.setdefault(task, Work(at, set(needs), [], []))
         return task
 
     def tell(self, made: Task, kind: LetterKind, source: Copy, target: Copy, user: Task, micro_batch: int = 0) -> None:
-        """`user` needs what `made` made: a need at one party, a letter between two."""
+        """`user` takes what `made` made: a need at one party, a letter between two."""
         sender, receiver = self.tasks[made].at, self.tasks[user].at
+        post = Post(kind, source, target, micro_batch)
+        self.tasks[user].takes.append(post)
         if sender == receiver:
             self.tasks[user].needs.add(made)
             return
-        post = Post(kind, source, target, micro_batch)
         self.letters[post] = Route(sender, receiver, made, frozenset())
         self.tasks[made].sends.append(post)
         self.tasks[user].needs.add(post)

@@ -109,7 +109,7 @@ class Session:
     def head(self, to: str) -> Head:
         return Head(self.me, to, self.job, self.epoch)
 
-    def receive(self, head: Head, message: Message, content: int = 0) -> Outcome:
+    def receive(self, head: Head, message: Message, content: object = None) -> Outcome:
         """Takes a message. One that may not be said raises `PeerError` and changes nothing."""
         if head.sender not in self.peers or head.to != self.me:
             raise PeerError(head.sender, f"sent a message to {head.to}, and has no such part in this job")
@@ -120,7 +120,7 @@ class Session:
             raise PeerError(head.sender, f"sent {type(message).__name__} while {self.me} is {self.state.value}")
         if isinstance(rule, Notice):
             return rule
-        handler: Callable[[str, Message, int], Outcome] = getattr(self, f"_on_{rule}")
+        handler: Callable[[str, Message, object], Outcome] = getattr(self, f"_on_{rule}")
         return handler(head.sender, message, content)
 
     def hand_out(self, sealed: dict[str, bytes]) -> list[Effect]:
@@ -172,7 +172,7 @@ class Session:
 
     # -- the handlers that the table names
 
-    def _on_hello(self, sender: str, message: Message, _: int) -> Outcome:
+    def _on_hello(self, sender: str, message: Message, _: object) -> Outcome:
         hello = cast(Hello, message)
         mine = self.hellos[self.me].version
         if hello.version != mine:
@@ -187,12 +187,12 @@ class Session:
         self._agreement = agreement(self.hellos, self.turns)
         return [Derive()]
 
-    def _on_key(self, sender: str, message: Message, _: int) -> Outcome:
+    def _on_key(self, sender: str, message: Message, _: object) -> Outcome:
         if self._note(sender, message):
             return ALREADY
         return [Unwrap(sender, cast(GroupKey, message).sealed)]
 
-    def _on_ready(self, sender: str, message: Message, _: int) -> Outcome:
+    def _on_ready(self, sender: str, message: Message, _: object) -> Outcome:
         if self.me not in self._notes[Ready]:
             return NOT_YET
         if cast(Ready, message).digest != self.agreement:
@@ -201,24 +201,24 @@ class Session:
             return ALREADY
         return self._all_ready()
 
-    def _on_again(self, sender: str, message: Message, _: int) -> Outcome:
+    def _on_again(self, sender: str, message: Message, _: object) -> Outcome:
         if sender not in self._notes[type(message)]:
             raise PeerError(sender, f"sent {type(message).__name__}, which is not its to send")
         self._note(sender, message)
         return ALREADY
 
-    def _on_bye(self, sender: str, message: Message, _: int) -> Outcome:
+    def _on_bye(self, sender: str, message: Message, _: object) -> Outcome:
         if self._owes(sender):
             return NOT_YET
         if not self._note(sender, message) and self._all_left():
             self.state = State.ENDED
         return []
 
-    def _on_fail(self, sender: str, message: Message, _: int) -> Outcome:
+    def _on_fail(self, sender: str, message: Message, _: object) -> Outcome:
         self.state, self.failure, self.failed_by = State.FAILED, cast(Fail, message), sender
         return []
 
-    def _on_letter(self, sender: str, message: Message, content: int) -> Outcome:
+    def _on_letter(self, sender: str, message: Message, content: object) -> Outcome:
         letter = cast(Letter, message)
         if letter.turn >= len(self.turns):
             raise PeerError(sender, f"sent a letter of turn {letter.turn}; there are {len(self.turns)}")

@@ -36,7 +36,7 @@ class Step:
 
     def __init__(self, me: str, net: Net) -> None:
         self.me, self.net = me, net
-        self.heard: dict[Post, int] = {}
+        self.heard: dict[Post, object] = {}
         self.done: set[Task] = set()
         missing, self._feeds = net.parts.get(me, Part({}, {}))
         self._missing = dict(missing)
@@ -62,8 +62,8 @@ class Step:
         self._met(task)
         return self.net.tasks[task].sends
 
-    def receive(self, sender: str, post: Post, content: int) -> Notice | None:
-        """Takes a letter once; `content` tells two letters of one name apart.
+    def receive(self, sender: str, post: Post, content: object) -> Notice | None:
+        """Takes a letter once; `content` tells two letters of one name apart; it is compared only then.
 
         Returns `ALREADY` for the same letter again. Raises `PeerError` for a letter that cannot exist, or that came
         before with other content.

@@ -1,13 +1,16 @@
 """Scores of a classifier: exact from one site's outputs, and from counts that can be summed over sites.
 
-Over sites the AUC comes from histograms of each class's log-odds, in `BINS` bins of equal width from -`RANGE` to
-`RANGE`; scores beyond fall into the outermost. Two records in one bin count as a tie.
+Balanced accuracy and macro-AUC are means over the classes that have at least `LEAST` positive and `LEAST` negative
+records: a recall of one record says nothing. Over sites the AUC comes from histograms of each class's log-odds, in
+`BINS` bins of equal width from -`RANGE` to `RANGE`; scores beyond fall into the outermost. Two records in one bin count
+as a tie.
 
->>> outputs, labels = torch.tensor([[4.0, 0.0], [2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 1, 1])
+>>> labels = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+>>> outputs = torch.tensor([[4.0, 0.0]] * 3 + [[0.0, 1.0]] * 2 + [[0.0, 3.0]] * 2)
 >>> scores(outputs, labels)
-Scores(records=3, accuracy=0.6666666666666666, balanced_accuracy=0.75, macro_auc=None, auc_classes=0)
->>> from_counts(counts(outputs, labels), classes=2).balanced_accuracy
-0.75
+Scores(records=7, accuracy=0.8571428571428571, balanced_accuracy=0.875, macro_auc=0.9583333333333334, classes=2)
+>>> from_counts(counts(outputs, labels), classes=2) == scores(outputs, labels)
+True
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ class Scores:
 
     records: int
     accuracy: float
-    balanced_accuracy: float
-    """The mean recall of the classes that have records."""
+    balanced_accuracy: float | None
+    """The mean recall of the classes counted; None if there are none."""
     macro_auc: float | None
     """The mean area under the one-against-the-rest ROC curve of the classes counted; None if there are none."""
-    auc_classes: int
-    """Classes counted: those with at least `LEAST` positive and `LEAST` negative records."""
+    classes: int
+    """Classes counted."""
 
 
 def scores(outputs: Tensor, labels: Tensor) -> Scores:
@@ -44,10 +47,8 @@ def scores(outputs: Tensor, labels: Tensor) -> Scores:
         outputs: logits, shape (n, classes), n > 0.
         labels: int64, shape (n,).
     """
-    classes = outputs.shape[1]
-    confusion = _confusion(outputs, labels)
-    odds = _log_odds(outputs)
-    areas = [area_under_curve(odds[labels == c, c], odds[labels != c, c]) for c in _counted(confusion, classes)]
+    confusion, odds = _confusion(outputs, labels), _log_odds(outputs)
+    areas = [area_under_curve(odds[labels == c, c], odds[labels != c, c]) for c in _counted(confusion)]
     return _scores(confusion, areas)
 
 
@@ -74,7 +75,7 @@ def from_counts(total: Tensor, classes: int) -> Scores:
     """Scores over the records of all sites, from the sum of their `counts`."""
     confusion, histograms = torch.split(total, [classes * classes, 2 * classes * BINS])
     confusion, histograms = confusion.view(classes, classes), histograms.view(classes, 2, BINS)
-    areas = [_area_of_histograms(*histograms[c]) for c in _counted(confusion, classes)]
+    areas = [_area_of_histograms(*histograms[c]) for c in _counted(confusion)]
     return _scores(confusion, areas)
 
 
@@ -105,20 +106,20 @@ def _confusion(outputs: Tensor, labels: Tensor) -> Tensor:
     return torch.bincount(labels * classes + outputs.argmax(1), minlength=classes**2).view(classes, classes)
 
 
-def _counted(confusion: Tensor, classes: int) -> list[int]:
+def _counted(confusion: Tensor) -> list[int]:
     positive = confusion.sum(1)
     negative = positive.sum() - positive
-    return [c for c in range(classes) if min(positive[c], negative[c]) >= LEAST]
+    return torch.minimum(positive, negative).ge(LEAST).nonzero().flatten().tolist()
 
 
 def _scores(confusion: Tensor, areas: list[float]) -> Scores:
     confusion = confusion.double()
     total, right = confusion.sum(1), confusion.diag()
-    recalls = (right / total)[total > 0]
+    counted = _counted(confusion)
     return Scores(
         records=int(total.sum()),
         accuracy=float(right.sum() / total.sum()),
-        balanced_accuracy=float(recalls.mean()),
+        balanced_accuracy=float((right / total)[counted].mean()) if counted else None,
         macro_auc=sum(areas) / len(areas) if areas else None,
-        auc_classes=len(areas),
+        classes=len(counted),
     )

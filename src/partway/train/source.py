@@ -45,4 +45,4 @@ class RecordSource:
                 self._epoch, self._order = turn.epoch, index[order_of(len(index), self._secret, self._job, turn.epoch)]
             index = self._order
         chosen = index[offset : offset + rows].to(self._device)
-        return self.features[chosen], self.labels[chosen]
+        return self.features.index_select(0, chosen), self.labels.index_select(0, chosen)

@@ -12,8 +12,8 @@ from partway.train.metrics import Scores
 from partway.train.source import RecordSource
 
 FIGURES = 5
-"""Numbers in a report of scores: records, accuracy, balanced accuracy, macro-AUC, classes counted in it."""
-_NO_AUC = -1.0
+"""Numbers in a report of scores: records, accuracy, balanced accuracy, macro-AUC, classes counted."""
+_NONE = -1.0
 
 
 class Moments:
@@ -75,12 +75,12 @@ class Evaluation:
 
 
 def _figures(scores: Scores) -> Tensor:
-    auc = _NO_AUC if scores.macro_auc is None else scores.macro_auc
-    numbers = [scores.records, scores.accuracy, scores.balanced_accuracy, auc, scores.auc_classes]
-    return torch.tensor([numbers], dtype=torch.float64)
+    means = [_NONE if value is None else value for value in (scores.balanced_accuracy, scores.macro_auc)]
+    return torch.tensor([[scores.records, scores.accuracy, *means, scores.classes]], dtype=torch.float64)
 
 
 def read_figures(row: Tensor) -> Scores:
     """The scores that a report tells, from shape (FIGURES,)."""
     records, accuracy, balanced, auc, classes = row.tolist()
-    return Scores(int(records), accuracy, balanced, None if auc == _NO_AUC else auc, int(classes))
+    balanced, auc = (None if value == _NONE else value for value in (balanced, auc))
+    return Scores(int(records), accuracy, balanced, auc, int(classes))

@@ -7,10 +7,10 @@ torch never runs there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import queue
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -217,7 +217,9 @@ def _status(error: PartwayError) -> tuple[grpc.StatusCode, str]:
 
 
 class ClientLink:
-    """The one connection of a site, opened outwards.
+    """The one connection of a site, opened outwards, on the event loop that is running.
+
+    The loop may be kept from running by a long computation: gRPC's own threads keep the connection alive meanwhile.
 
     Args:
         address: host:port of the server.
@@ -227,41 +229,38 @@ class ClientLink:
     def __init__(self, address: str, credentials: Credentials, silence: float) -> None:
         self._address = address
         self.bytes_sent = self.bytes_received = 0
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._channel = _channel(address, credentials, silence)
+        self._channel = grpc.aio.secure_channel(address, _secured(credentials), _options(silence))
         stream: Any = self._channel.stream_stream(f"/{_SERVICE}/{_STREAM}", None, None)
-        self._messages = stream(self._sent())
+        self._stream = stream()
 
-    def send(self, message: bytes) -> None:
-        """Sends a message; does not wait."""
+    async def send(self, message: bytes) -> None:
+        """Sends a message. If the link is gone, `receive` says so."""
         self.bytes_sent += len(message)
-        self._outbox.put(message)
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            await self._stream.write(message)
 
-    def receive(self) -> bytes:
+    async def receive(self) -> bytes:
         """Waits for the next message.
 
         Raises:
             TrustError, UsageError, PartwayError: the server has refused this site, and says why.
-            LinkLost: the server cannot be reached, is gone, or was silent for too long.
+            LinkLost: the server cannot be reached, is gone, or was silent for too long; or `close` was called.
         """
         try:
-            message: bytes = next(self._messages)
-        except StopIteration:
-            raise LinkLost(self._address, "closed the connection") from None
+            message = await self._stream.read()
         except grpc.RpcError as error:
             raise _error(self._address, error) from None
+        except asyncio.CancelledError:
+            raise LinkLost(self._address, "was left") from None
+        if message is grpc.aio.EOF:
+            raise LinkLost(self._address, "closed the connection")
         self.bytes_received += len(message)
-        return message
+        return bytes(message)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Lets go, after what was sent has left."""
-        self._outbox.put(None)
-        self._messages.cancel()
-        self._channel.close()
-
-    def _sent(self) -> Iterator[bytes]:
-        while (message := self._outbox.get()) is not None:
-            yield message
+        self._stream.cancel()
+        await self._channel.close()
 
 
 def call(address: str, credentials: Credentials, method: str, request: bytes, timeout: float) -> bytes:
@@ -274,7 +273,9 @@ def call(address: str, credentials: Credentials, method: str, request: bytes, ti
         TrustError, UsageError, PartwayError: as the server says.
         LinkLost: the server cannot be reached.
     """
-    with _channel(address, credentials, timeout) as channel:
+    # A pool of its own each time: a shared one would outlive a failed handshake.
+    options = [*_options(timeout), ("grpc.use_local_subchannel_pool", 1)]
+    with grpc.secure_channel(address, _secured(credentials), options) as channel:
         unary: Any = channel.unary_unary(f"/{_SERVICE}/{method}", None, None)
         try:
             answer: bytes = unary(request, timeout=timeout)
@@ -283,10 +284,8 @@ def call(address: str, credentials: Credentials, method: str, request: bytes, ti
     return answer
 
 
-def _channel(address: str, credentials: Credentials, silence: float) -> grpc.Channel:
-    secured = grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
-    # A channel of its own each time: shared ones would outlive a failed handshake.
-    return grpc.secure_channel(address, secured, [*_options(silence), ("grpc.use_local_subchannel_pool", 1)])
+def _secured(credentials: Credentials) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate)
 
 
 def _error(address: str, error: Any) -> PartwayError:

@@ -91,20 +91,15 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[tuple[Spec, ...], list[bytes | 
 
 
 def unpack(specs: Sequence[Spec], payload: bytes | memoryview) -> dict[str, Tensor]:
-    """The tensors of a payload; their memory is their own.
-
-    The caller has checked `specs` against what it expects, so a wrong length here is a damaged frame: `PartwayError`.
-    """
-    if len(payload) != payload_size(specs):
-        raise PartwayError(f"a payload of {len(payload)} bytes where the header names {payload_size(specs)}")
+    """The tensors of a payload, of which `payload_size` has been checked; their memory is their own."""
     own = bytearray(payload)
     tensors, at = {}, 0
     for spec in specs:
-        at += padding(at)
-        dtype, count = DTYPES[spec.dtype], math.prod(spec.shape)
+        count, kind = math.prod(spec.shape), DTYPES[spec.dtype]
+        at += -at % ALIGNMENT
         if count:
-            tensors[spec.name] = torch.frombuffer(own, dtype=dtype, count=count, offset=at).view(spec.shape)
+            tensors[spec.name] = torch.frombuffer(own, dtype=kind, count=count, offset=at).view(spec.shape)
         else:
-            tensors[spec.name] = torch.empty(spec.shape, dtype=dtype)
-        at += spec.nbytes
+            tensors[spec.name] = torch.empty(spec.shape, dtype=kind)
+        at += count * kind.itemsize
     return tensors

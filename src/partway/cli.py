@@ -1,0 +1,364 @@
+"""The command line: verbs and files, no flag for a setting that a file has. Each verb imports what it needs.
+
+Exit codes: 0 fine, 1 the job failed, 2 wrong words or files, 3 refused by a site's policy.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from partway import __version__
+from partway.errors import JobFailed, PartwayError, UsageError
+from partway.server.status import Status
+
+app = typer.Typer(
+    help="Hospitals train a network partway on their own patients; a server finishes the training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+federation = typer.Typer(help="The steward: the federation's authority.", no_args_is_help=True)
+server = typer.Typer(help="The server.", no_args_is_help=True)
+site = typer.Typer(help="A hospital.", no_args_is_help=True)
+job = typer.Typer(help="An operator: jobs from signature to result.", no_args_is_help=True)
+ledger = typer.Typer(help="What left a party.", no_args_is_help=True)
+for verbs, name in ((federation, "federation"), (server, "server"), (site, "site"), (job, "job"), (ledger, "ledger")):
+    app.add_typer(verbs, name=name)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Identity = Annotated[Path, typer.Option("--identity", help="The folder of key, certificate and authority.")]
+Address = Annotated[str, typer.Option("--server", help="host:port of the server.")]
+Number = Annotated[str, typer.Argument(help="The job's number, as `job submit` printed it.")]
+Name = Annotated[str, typer.Argument(help="Letters, digits, _ and -, at most 64.")]
+Into = Annotated[Path, typer.Option("--identity", help="The folder that gets the key and the request.")]
+
+
+def main() -> int:
+    """Runs a verb; an error is one line on stderr, and its exit code."""
+    try:
+        app(standalone_mode=False)
+    except PartwayError as error:
+        return _failed(str(error), error.exit_code)
+    except typer.Exit as end:
+        return end.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return _failed("stopped", 1)
+    except OSError as error:
+        return _failed(f"{error.filename or 'the disk'}: {error.strerror}", 1)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own, for words that are no verb or option
+            return _failed(error.format_message(), 2)
+        raise
+    return 0
+
+
+def _failed(words: str, code: int) -> int:
+    print(f"partway: {words}", file=sys.stderr)
+    return code
+
+
+def _show(words: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json_module.dumps(words) if as_json else text)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Hospitals train a network partway on their own patients; a server finishes the training."""
+    if show:
+        print(__version__)
+        raise typer.Exit
+
+
+# -- the steward
+
+
+@federation.command("init")
+def federation_init(
+    folder: Annotated[Path, typer.Argument(help="Where the authority will be: never on the server.")],
+    name: Annotated[str, typer.Option(help="The federation's name.")] = "federation",
+    json: Json = False,
+) -> None:
+    """Make the federation's certificate authority. Keep it away from the server's operator."""
+    from partway import pki
+
+    authority = pki.Authority.create(name)
+    authority.save(folder)
+    text = f"The authority of {name} is in {folder}: authority.key stays there, authority.pem goes to every party.\n"
+    text += f"Its key's fingerprint:\n  {pki.spoken(authority.fingerprint)}"
+    _show({"folder": str(folder), "fingerprint": authority.fingerprint}, json, text)
+
+
+@federation.command("approve")
+def federation_approve(
+    folder: Annotated[Path, typer.Argument(help="The authority's.")],
+    request: Annotated[Path, typer.Argument(help="A party's request.pem.")],
+    yes: Annotated[bool, typer.Option("--yes", help="The fingerprint has been compared.")] = False,
+    json: Json = False,
+) -> None:
+    """Sign a party's certificate, after its fingerprint has been compared with the party by telephone."""
+    from partway import pki
+
+    asked = pki.read_request(_bytes(request))
+    if not json:
+        print(f"{asked.name} asks to be a {asked.role.value}. Its key's fingerprint:")
+        print(f"  {pki.spoken(asked.fingerprint)}")
+    if not yes and (json or not typer.confirm("Have you compared it with them by telephone?")):
+        raise UsageError("not approved: compare the fingerprint with the party first, then say --yes")
+    pki.approve_in(folder, request)
+    words = {"name": asked.name, "role": asked.role.value, "fingerprint": asked.fingerprint}
+    text = f"certificate.pem and authority.pem are beside {request}; both go back to {asked.name}."
+    if asked.role is pki.Role.SITE:
+        text += f'\nIts line in a job\'s [roster]:\n{asked.name} = "{asked.fingerprint}"'
+    _show(words, json, text)
+
+
+def _request(name: str, role: str, hosts: list[str], folder: Path, json: bool) -> None:
+    from partway import pki
+
+    asked = pki.request_in(folder, name, pki.Role(role), hosts)
+    text = f"Send {folder / 'request.pem'} to the steward, and read them this by telephone:\n"
+    text += f"  {pki.spoken(asked.fingerprint)}\nTheir answer, certificate.pem and authority.pem, goes into {folder}."
+    _show({"request": str(folder / "request.pem"), "fingerprint": asked.fingerprint}, json, text)
+
+
+@site.command("request")
+def site_request(name: Name, identity: Into = Path("identity"), json: Json = False) -> None:
+    """Make this site's key, and a request for the steward."""
+    _request(name, "site", [], identity, json)
+
+
+@server.command("request")
+def server_request(
+    name: Name,
+    host: Annotated[list[str], typer.Option(help="A name or address at which sites reach it; repeat for more.")],
+    identity: Into = Path("identity"),
+    json: Json = False,
+) -> None:
+    """Make the server's key, and a request for the steward."""
+    _request(name, "server", host, identity, json)
+
+
+@job.command("request")
+def job_request(name: Name, identity: Into = Path("identity"), json: Json = False) -> None:
+    """Make an operator's key, and a request for the steward."""
+    _request(name, "operator", [], identity, json)
+
+
+# -- the server and the sites
+
+
+@server.command("start")
+def server_start(file: Annotated[Path, typer.Argument(help="server.toml")], json: Json = False) -> None:
+    """Listen for sites and operators, and run the jobs that operators submit, one after another."""
+    from partway.config import read_server
+
+    settings = read_server(file)
+    from partway.server.start import start
+
+    start(settings, file.parent, json)
+
+
+@site.command("start")
+def site_start(
+    file: Annotated[Path, typer.Argument(help="site.toml")],
+    jobs: Annotated[int | None, typer.Option(help="Leave after so many; the exit code is the last one's.")] = None,
+    json: Json = False,
+) -> None:
+    """Connect to the server, and take part in the jobs that this site's policy allows."""
+    from partway.config import read_site
+
+    settings = read_site(file)
+    from partway.site.show import run
+
+    run(settings, file.parent, jobs, json)
+
+
+@site.command("preview")
+def site_preview(
+    file: Annotated[Path, typer.Argument(help="site.toml")],
+    job_file: Annotated[Path, typer.Argument(metavar="JOB", help="job.toml, signed or not")],
+    json: Json = False,
+) -> None:
+    """Print, sending nothing, exactly what would leave for one record, and whether the policy allows the job."""
+    from partway.config import read_site
+
+    settings = read_site(file)
+    from partway.site.preview import preview
+
+    found = preview(settings, file.parent, job_file)
+    _show(found.words(), json, found.text())
+    if found.objections:
+        raise typer.Exit(3)
+
+
+# -- an operator
+
+
+@job.command("sign")
+def job_sign(
+    file: Annotated[Path, typer.Argument(help="job.toml")], identity: Identity = Path("identity"), json: Json = False
+) -> None:
+    """Check a job and sign it; whoever changes it afterwards breaks the signature."""
+    from partway import pki
+    from partway.config import Policy, read_job
+
+    text = _bytes(file)
+    parsed = read_job(text, str(file))
+    signed = pki.sign_job(pki.Identity.load(identity), text)
+    from partway.assembly import network_of, schema_of
+
+    network_of(parsed, Policy(networks=[parsed.network.build], most_parameters=2**31 - 1), schema_of(parsed))
+    path = file.with_suffix(".signed")
+    path.write_bytes(signed)
+    _show({"signed": str(path)}, json, f"Signed: {path}")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _call(identity: Path, address: str, method: str, request: bytes) -> bytes:
+    from partway import pki
+    from partway.transport.grpc import Credentials, call
+
+    me = pki.Identity.load(identity)
+    return call(address, Credentials(me.certificate_pem, me.key_pem, me.authority_pem), method, request, timeout=30)
+
+
+def _status(identity: Path, address: str, method: str, request: bytes) -> Status:
+    return Status(**json_module.loads(_call(identity, address, method, request)))
+
+
+@job.command("submit")
+def job_submit(
+    signed: Annotated[Path, typer.Argument(help="job.signed")],
+    server: Address,
+    identity: Identity = Path("identity"),
+    wait: Annotated[bool, typer.Option("--wait", help="Until it has ended; the exit code is the job's.")] = False,
+    json: Json = False,
+) -> None:
+    """Hand a signed job to the server."""
+    status = _status(identity, server, "submit", _bytes(signed))
+    if wait:
+        _end(_watch(identity, server, status), json)
+    else:
+        text = f"Submitted as {status.id}; `partway job status {status.id} --server {server}` says how it goes."
+        _show(asdict(status), json, text)
+
+
+def _watch(identity: Path, server: str, status: Status) -> Status:
+    import time
+
+    from rich.console import Console
+
+    with Console(stderr=True).status(status.line()) as line:
+        while not status.ended:
+            time.sleep(0.3)
+            status = _status(identity, server, "status", status.id.encode())
+            line.update(status.line())
+    return status
+
+
+def _end(status: Status, json: bool) -> None:
+    _show(asdict(status), json, status.line())
+    if status.exit_code:
+        raise typer.Exit(status.exit_code)
+
+
+@job.command("status")
+def job_status(number: Number, server: Address, identity: Identity = Path("identity"), json: Json = False) -> None:
+    """Say where a job stands; the exit code is the job's once it has ended."""
+    _end(_status(identity, server, "status", number.encode()), json)
+
+
+@job.command("list")
+def job_list(server: Address, identity: Identity = Path("identity"), json: Json = False) -> None:
+    """List this operator's jobs."""
+    jobs = [Status(**words) for words in json_module.loads(_call(identity, server, "list", b""))]
+    _show({"jobs": [asdict(s) for s in jobs]}, json, "\n".join(s.line() for s in jobs) or "no jobs")
+
+
+@job.command("stop")
+def job_stop(number: Number, server: Address, identity: Identity = Path("identity"), json: Json = False) -> None:
+    """Stop a job."""
+    status = _status(identity, server, "stop", number.encode())
+    _show(asdict(status), json, f"Job {number} is told to stop.")
+
+
+@job.command("download")
+def job_download(
+    number: Number,
+    server: Address,
+    identity: Identity = Path("identity"),
+    folder: Annotated[Path, typer.Option(help="Where a folder of the job's number is made.")] = Path(),
+    json: Json = False,
+) -> None:
+    """Fetch what the job's [result] gives to the server: result.json, and weights."""
+    import msgspec
+
+    files = msgspec.msgpack.decode(_call(identity, server, "download", number.encode()), type=dict[str, bytes])
+    target = folder / number
+    target.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        if Path(name).name != name:
+            raise JobFailed(f"the server names a file {name!r}, which is not taken")
+        (target / name).write_bytes(data)
+    _show({"folder": str(target), "files": sorted(files)}, json, f"{', '.join(sorted(files))} in {target}")
+
+
+# -- anyone
+
+
+@ledger.command("verify")
+def ledger_verify(
+    file: Annotated[Path, typer.Argument(help="ledger.jsonl")],
+    identity: Annotated[Path, typer.Option(help="The folder of the party's certificate.pem and authority.pem.")] = Path(
+        "identity"
+    ),
+    json: Json = False,
+) -> None:
+    """Recompute a ledger's chain and signatures, and add up what left."""
+    from partway import ledger as ledgers
+    from partway import pki
+
+    certificate, authority = (_bytes(identity / name) for name in ("certificate.pem", "authority.pem"))
+    subject = pki.verify_certificate(certificate, authority)
+    audit = ledgers.verify(file, lambda signature, data: pki.signed_by(subject.key_der, signature, data))
+    rows = {name: [(e, to, c.frames, c.nbytes) for (e, to), c in getattr(audit, name).items()] for name in LEFT}
+    keys = ("edge", "to", "frames", "bytes")
+    words = {
+        "party": subject.name,
+        "lines": audit.lines,
+        "signatures": audit.signatures,
+        "outcome": audit.outcome,
+        "head": audit.head,
+        **{name: [dict(zip(keys, row, strict=True)) for row in found] for name, found in rows.items()},
+    }
+    text = [
+        f"{file}: {audit.lines} lines follow from each other, with {audit.signatures} signatures of {subject.name}."
+    ]
+    text.append(f"The job ended: {audit.outcome}." if audit.outcome else "No line says how the job ended.")
+    for name, prefix in LEFT.items():
+        text += [f"{prefix}{n:>7} frames {size:>13,} bytes  {e} to {to}" for e, to, n, size in rows[name]]
+    _show(words, json, "\n".join(text))
+
+
+LEFT = {"left": "  left:    ", "at_most": "  at most: "}
+
+
+@app.command("data")
+def data(folder: Annotated[Path, typer.Argument(help="Where to.")], json: Json = False) -> None:
+    """Write the bundled thyroid records as five sites' files."""
+    from partway.data.thyroid import write_sites
+
+    files = [str(path) for path in write_sites(folder)]
+    _show({"files": files}, json, "\n".join(files))

@@ -1,0 +1,264 @@
+"""A federation of real processes on this machine: authority, certificates, files, a server and sites over mutual TLS.
+
+For the demo, the benchmarks and the tests. Each party has a folder of its own; nobody reads another's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from partway import pki
+from partway.errors import JobFailed, PartwayError, Refused
+from partway.server.coordinator import own_secret
+from partway.server.status import Status
+from partway.transport.grpc import Credentials, call
+
+OPERATOR, SERVER = "study-office", "server"
+_ERRORS = {1: JobFailed, 3: Refused}
+
+
+@dataclass
+class Process:
+    """One party's process, and the last that it said."""
+
+    name: str
+    role: str
+    fingerprint: str
+    popen: subprocess.Popen[str]
+    said: dict[str, Any] = field(default_factory=dict)
+    """Its last line of JSON."""
+    errors: list[str] = field(default_factory=list)
+    """Lines of its stderr."""
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def cpu_seconds(self) -> float:
+        """Spent so far, in user and system."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Ran:
+    """A job that has been done, and where its parties have left their files."""
+
+    status: Status
+    digest: bytes
+    files: dict[str, bytes]
+    """What the operator could download."""
+    folders: dict[str, Path]
+    """Of each party."""
+
+    def result(self, party: str) -> dict[str, Any]:
+        """A party's `result.json`."""
+        words: dict[str, Any] = json.loads((self.folders[party] / "result.json").read_text())
+        return words
+
+
+class LocalFederation:
+    """A server and its sites. Use it as a context: its processes end with it.
+
+    Args:
+        folder: where everything is left.
+        records: by site, its CSV file.
+        policy: of every party, over what training on these records needs.
+        silence: seconds without a sign of life after which a link is given up.
+    """
+
+    def __init__(
+        self, folder: Path, records: Mapping[str, Path], policy: Mapping[str, Any] | None = None, silence: float = 30
+    ) -> None:
+        self.folder, self.sites = folder, tuple(records)
+        self.processes: dict[str, Process] = {}
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._steward = pki.Authority.create("local")
+        self._steward.save(folder / "steward")
+        self._operator = self._admit(OPERATOR, pki.Role.OPERATOR)
+        identities = {SERVER: self._admit(SERVER, pki.Role.SERVER, ["localhost"])}
+        allowed = {"networks": ["partway.model.zoo:mlp"], "operators": [OPERATOR], "labels_may_leave": True}
+        header = {"listen": "localhost:0", "silence": silence}
+        self._write(SERVER, server=header, policy={**allowed, "trunk_to_everyone": True, **(policy or {})})
+        for site, path in records.items():
+            identities[site] = self._admit(site, pki.Role.SITE)
+            self._write(
+                site,
+                site={"name": site, "server": "localhost:0", "silence": silence},
+                data={"path": str(path.resolve())},
+                policy={**allowed, "scores_may_leave": True, **(policy or {})},
+            )
+        self.fingerprints = {name: identity.fingerprint for name, identity in identities.items()}
+        self._secrets = {SERVER: own_secret(identities[SERVER])}
+
+    # -- processes
+
+    def __enter__(self) -> LocalFederation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts the server, then the sites; returns when all are connected."""
+        self.start_server()
+        for site in self.sites:
+            self.start_site(site)
+        for site in self.sites:
+            self.wait_until(partial(self._is_connected, site), site)
+
+    def _is_connected(self, site: str) -> bool:
+        return self.processes[site].said.get("state") == "waiting"
+
+    def start_server(self) -> None:
+        """Starts the server, and waits until it listens."""
+        self._spawn(SERVER, "server", ["server", "start", str(self.folder / SERVER / "server.toml"), "--json"])
+        self.wait_until(lambda: "ready" in self.processes[SERVER].said, SERVER)
+        self.address = f"localhost:{self.processes[SERVER].said['ready']}"
+        for site in self.sites:
+            path = self.folder / site / "site.toml"
+            path.write_text(path.read_text().replace('"localhost:0"', f'"{self.address}"'))
+
+    def start_site(self, site: str) -> None:
+        """Starts a site's process; does not wait."""
+        self._spawn(site, "site", ["site", "start", str(self.folder / site / "site.toml"), "--json"])
+
+    def stop(self) -> None:
+        """Ends every process that still runs."""
+        for process in self.processes.values():
+            if process.popen.poll() is None:
+                process.popen.terminate()
+        for process in self.processes.values():
+            try:
+                process.popen.wait(15)
+            except subprocess.TimeoutExpired:
+                process.popen.kill()
+                process.popen.wait()
+
+    def wait_until(self, true: Callable[[], bool], name: str, seconds: float = 120) -> None:
+        """Waits for news until something is true. Raises `JobFailed` if the named process ends, or time runs out."""
+        ends = time.monotonic() + seconds
+        while not true():
+            if self.processes[name].popen.poll() is not None:
+                raise JobFailed(f"{name} has ended: {' '.join(self.processes[name].errors[-3:]) or 'without a word'}")
+            if time.monotonic() > ends:
+                raise JobFailed(f"{name} is not ready after {seconds:g} s")
+            try:
+                self._news.get(timeout=0.2)
+            except queue.Empty:
+                continue
+
+    def _spawn(self, name: str, role: str, verb: list[str]) -> None:
+        popen = subprocess.Popen(
+            [sys.executable, "-m", "partway", *verb],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        process = self.processes[name] = Process(name, role, self.fingerprints[name], popen)
+        assert popen.stdout is not None
+        assert popen.stderr is not None
+        threading.Thread(target=self._listen, args=(process, popen.stdout), daemon=True).start()
+        threading.Thread(target=process.errors.extend, args=(popen.stderr,), daemon=True).start()
+
+    def _listen(self, process: Process, lines: Any) -> None:
+        for line in lines:
+            if line.startswith("{"):
+                process.said = json.loads(line)
+                self._news.put(None)
+
+    # -- jobs
+
+    def sign(self, job: Mapping[str, Mapping[str, Any]]) -> bytes:
+        """A signed job; its roster is all sites, if it has none."""
+        roster = {site: self.fingerprints[site] for site in self.sites}
+        return pki.sign_job(self._operator, toml({"roster": roster, **job}).encode())
+
+    def ask(self, method: str, request: bytes) -> bytes:
+        """One of the operator's calls to the server."""
+        me = self._operator
+        credentials = Credentials(me.certificate_pem, me.key_pem, me.authority_pem)
+        return call(self.address, credentials, method, request, timeout=60)
+
+    def submit(self, signed: bytes) -> Status:
+        """Hands a signed job to the server."""
+        return Status(**json.loads(self.ask("submit", signed)))
+
+    def run(self, job: Mapping[str, Mapping[str, Any]], watch: Callable[[Status], None] | None = None) -> Ran:
+        """Signs and submits a job, and waits for its end.
+
+        Args:
+            watch: told where it stands, a few times a second.
+
+        Raises:
+            JobFailed, Refused: as the server says.
+        """
+        signed = self.sign(job)
+        status = self.submit(signed)
+        while not status.ended:
+            time.sleep(0.2)
+            status = Status(**json.loads(self.ask("status", status.id.encode())))
+            if watch is not None:
+                watch(status)
+        if status.exit_code:
+            raise _ERRORS.get(status.exit_code, PartwayError)(status.message)
+        files = msgspec.msgpack.decode(self.ask("download", status.id.encode()), type=dict[str, bytes])
+        digest = pki.open_job(signed, self._steward.pem).digest
+        folders = {name: self.folder / name / "runs" / f"{status.name}-{status.id}" for name in (SERVER, *self.sites)}
+        for site in self.sites:
+            done = folders[site] / "result.json"
+            self.wait_until(done.exists, site)
+        return Ran(status, digest, files, folders)
+
+    # -- files
+
+    def secret(self, party: str) -> bytes:
+        """From which a party has made its draws: for those who compare with a plain loop, and nobody else."""
+        return self._secrets.get(party) or (self._identity(party) / "secret.key").read_bytes()
+
+    def _identity(self, name: str) -> Path:
+        return self.folder / name / "identity"
+
+    def _admit(self, name: str, role: pki.Role, hosts: Sequence[str] = ()) -> pki.Identity:
+        folder = self._identity(name)
+        pki.request_in(folder, name, role, hosts)
+        pki.approve_in(self.folder / "steward", folder / "request.pem")
+        return pki.Identity.load(folder)
+
+    def _write(self, party: str, **sections: Mapping[str, Any]) -> None:
+        name = "server.toml" if party == SERVER else "site.toml"
+        (self.folder / party / name).write_text(toml(sections))
+
+
+def toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """A job, site or server file.
+
+    >>> print(toml({"training": {"epochs": 2, "optimizer": {"name": "adam", "lr": 0.003}}}), end="")
+    [training]
+    epochs = 2
+    optimizer = { name = "adam", lr = 0.003 }
+    """
+
+    def value(v: Any) -> str:
+        if isinstance(v, Mapping):
+            return "{ " + ", ".join(f"{key} = {value(inner)}" for key, inner in v.items()) + " }"
+        return json.dumps(v)
+
+    return "\n".join(
+        f"[{name}]\n" + "".join(f"{key} = {value(v)}\n" for key, v in section.items())
+        for name, section in sections.items()
+    )

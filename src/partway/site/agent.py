@@ -1,0 +1,261 @@
+"""Drives a site's party: connects outwards, takes part in the jobs that are offered, leaves files behind.
+
+One thread reads, computes and sends, for a site has nobody else to answer; gRPC's own threads keep the link alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from partway import __version__, pki
+from partway.assembly import Assembled, Place, assemble, result_of, schema_of
+from partway.config import Site, read_job
+from partway.data import thyroid
+from partway.egress import Tap
+from partway.errors import DataError, JobFailed, LinkLost, PartwayError, Refused, TrustError, UsageError
+from partway.party import Out, Party
+from partway.protocol.messages import ANYBODY, Fail, Greet, Head, Offer, Reason
+from partway.transport.grpc import ClientLink, Credentials
+from partway.wire import frames
+from partway.wire.frames import Frame
+
+
+@dataclass
+class Progress:
+    """What a site tells the people in front of it."""
+
+    job: str
+    """Its name; empty between jobs."""
+    state: str
+    """waiting, running, done, refused, stopped or failed"""
+    message: str = ""
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    """Of the last step, where this site has labels and a head; its part of the union batch's mean."""
+    bytes_sent: int = 0
+    """Since it connected."""
+    bytes_received: int = 0
+    waits_for: str = ""
+    seconds_left: float | None = None
+
+
+class Stopped(JobFailed):
+    """This site's own people have stopped it."""
+
+
+class Agent:
+    """A site between its records and its link.
+
+    Args:
+        home: the folder of the site file, to which its paths are relative.
+        say: told where the site stands, whenever a job's state changes and a few times a second while one runs.
+        tap: sees every plaintext that leaves.
+
+    Raises:
+        DataError: the records cannot be read. Nothing has been connected then.
+        TrustError: the certificate is not this site's.
+    """
+
+    def __init__(self, site: Site, home: Path, say: Callable[[Progress], None], tap: Tap | None = None) -> None:
+        self.settings, self._home, self._say, self._tap = site.site, home, say, tap
+        self._policy, self._path = site.policy, home / site.data.path
+        self.identity = pki.Identity.load(home / self.settings.identity)
+        subject = self.identity.subject
+        if subject.role is not pki.Role.SITE or subject.name != self.settings.name:
+            held = f"the certificate is that of {subject.name}, a {subject.role.value}"
+            raise TrustError(f"{held}; the site file says {self.settings.name}")
+        self._secret = own_secret(home / self.settings.identity)
+        thyroid.read(self._path, seed=0)
+        self._party: Party | None = None
+        """Of the job that runs."""
+        self._stopping = self._waiting = False
+
+    async def serve(self, jobs: int | None = None) -> None:
+        """Takes part in jobs until it is stopped, or until so many have ended.
+
+        Raises:
+            LinkLost: the server cannot be reached, or is gone.
+            TrustError, UsageError: the server refuses this site, and says why.
+            PartwayError: how the last job ended, where `jobs` is given.
+        """
+        identity, settings = self.identity, self.settings
+        credentials = Credentials(identity.certificate_pem, identity.key_pem, identity.authority_pem)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._ask_to_stop)
+        self._link = ClientLink(settings.server, credentials, settings.silence)
+        ended, failure = 0, None
+        try:
+            await self._link.send(frames.encode(Head(identity.name, ANYBODY), Greet(__version__)))
+            while jobs is None or ended < jobs:
+                try:
+                    received = await self._receive()
+                except Stopped:
+                    return  # between jobs nothing is lost
+                for frame in received:
+                    if isinstance(frame.message, Greet):
+                        self._greet(frame.message)
+                    elif isinstance(frame.message, Offer):
+                        failure = await self._take_part(frame.message, frame.head.sender)
+                        ended += 1
+                    # Anything else is the end of a job that has failed here.
+        finally:
+            await self._link.close()
+        if failure is not None:
+            raise failure
+
+    async def _receive(self) -> list[Frame]:
+        """The next message's frames. Raises `Stopped` once this site's own people have asked for it."""
+        if self._stopping:
+            await self._say_goodbye()
+        else:
+            self._waiting = True
+            try:
+                return frames.split(await self._link.receive(), "server")
+            except LinkLost:
+                if not self._stopping:
+                    raise
+            finally:
+                self._waiting = False
+        raise Stopped("stopped by its own people")
+
+    def _ask_to_stop(self) -> None:
+        """SIGTERM or SIGINT. Only while a message is waited for is there nothing half done."""
+        self._stopping = True
+        if self._waiting:
+            self._goodbye = asyncio.get_running_loop().create_task(self._say_goodbye())
+
+    async def _say_goodbye(self) -> None:
+        if self._party is not None:
+            await self._post(self._party.give_up(Reason.STOPPED))
+        await self._link.close()
+
+    def _greet(self, greet: Greet) -> None:
+        if greet.version != __version__:
+            words = f"the server runs Partway {greet.version}, this site {__version__}: install the same version"
+            raise UsageError(words)
+        self._say(Progress("", "waiting", f"connected to {self.settings.server}"))
+
+    # -- one job
+
+    async def _take_part(self, offer: Offer, server: str) -> PartwayError | None:
+        """One job, to its end. What went wrong is told to the server as an enum, to our own people in words."""
+        name, digest, folder = "a job", bytes(32), None
+        try:
+            opened = pki.open_job(offer.job, self.identity.authority_pem)
+            job, digest = read_job(opened.toml), opened.digest
+            name = job.job.name
+            subject = pki.verify_certificate(offer.certificate, self.identity.authority_pem)
+            if subject.role is not pki.Role.SERVER or subject.name != server:
+                raise TrustError(f"{server} showed the certificate of {subject.name}, a {subject.role.value}")
+            if job.roster.get(self.identity.name) != self.identity.fingerprint:
+                words = f"{self.identity.name} is not in the job's roster with this key"
+                raise Refused(words, [Reason.ROSTER.name])
+            folder = self._home / self.settings.folder / f"{name}-{digest.hex()[:12]}"
+            if folder.exists():
+                words = f"this job has run here before, see {folder}; its operator must sign it again"
+                raise Refused(words, [Reason.REPEATED.name])
+            folder.mkdir(parents=True)
+            place = Place(
+                identity=self.identity,
+                policy=self._policy,
+                secret=self._secret,
+                records=thyroid.read(self._path, job.job.seed),
+                folder=folder,
+                device=self.settings.device,
+                tap=self._tap,
+            )
+            roster = {**job.roster, server: subject.fingerprint}
+            schema = schema_of(job)
+            assembled = assemble(job, digest, opened.operator.name, roster, server, place, schema, pki.signed_by)
+        except PartwayError as error:
+            self._fails(name, folder, error)
+            fail = Fail(_reason(error))
+            await self._link.send(frames.encode(Head(self.identity.name, server, digest), fail))
+            return error
+        try:
+            files = await self._run(assembled, server, folder)
+        except PartwayError as error:
+            assembled.ledger.end("stopped" if isinstance(error, Stopped) else type(error).__name__)
+            self._fails(name, folder, error)
+            if isinstance(error, Stopped | LinkLost):
+                raise
+            return error
+        written = ", ".join(path.name for path in files)
+        self._tell(assembled, "done", f"{written} and ledger.jsonl are in {folder}")
+        return None
+
+    async def _run(self, assembled: Assembled, server: str, folder: Path) -> list[Path]:
+        party = self._party = assembled.party
+        began = told = time.monotonic()
+        try:
+            await self._post(party.start())
+            while not party.ended:
+                for frame in await self._receive():
+                    await self._post(party.receive(server, frame))
+                if (now := time.monotonic()) - told > 0.25:
+                    told = now
+                    self._tell(assembled, "running", "", now - began)
+        finally:
+            self._party = None
+        assembled.ledger.end("done")
+        return result_of(assembled, time.monotonic() - began).write(folder)
+
+    async def _post(self, out: Out) -> None:
+        for _, made in out:
+            await self._link.send(b"".join(made))
+
+    def _tell(self, assembled: Assembled, state: str, message: str = "", seconds: float | None = None) -> None:
+        session, losses = assembled.party.session, assembled.party.worker.losses
+        done = session.turns[: max(session.at, 0)]
+        steps, step = (sum(1 for t in turns if t.train) for turns in (session.turns, done))
+        progress = Progress(
+            job=assembled.job.job.name,
+            state=state,
+            message=message,
+            step=step,
+            steps=steps,
+            loss=float(losses[-1]) if losses else None,
+            bytes_sent=self._link.bytes_sent,
+            bytes_received=self._link.bytes_received,
+            waits_for=", ".join(session.waits_for()),
+            seconds_left=seconds / step * (steps - step) if seconds and step else None,
+        )
+        self._say(progress)
+
+    def _fails(self, job: str, folder: Path | None, error: PartwayError) -> None:
+        """The words stay here."""
+        log = (folder or self._home / self.settings.folder) / "failures.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {job}: {type(error).__name__}: {error}\n")
+        refused, stopped = isinstance(error, Refused), isinstance(error, Stopped)
+        self._say(Progress(job, "refused" if refused else "stopped" if stopped else "failed", str(error)))
+
+
+def _reason(error: PartwayError) -> Reason:
+    if isinstance(error, Refused) and error.reasons:
+        return Reason[error.reasons[0]]
+    if isinstance(error, DataError):
+        return Reason.DATA
+    return Reason.OPERATOR if isinstance(error, TrustError) else Reason.FAULT
+
+
+def own_secret(folder: Path) -> bytes:
+    """32 bytes from which all of this site's draws come; made at the first start, and never sent."""
+    path = folder / "secret.key"
+    if not path.exists():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(os.urandom(32))
+    secret = path.read_bytes()
+    if len(secret) != 32:
+        raise TrustError(f"{path} does not hold 32 bytes; remove it, and a new one is made")
+    return secret

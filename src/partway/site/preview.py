@@ -1,0 +1,170 @@
+"""What would leave a site for one record, over a whole job: told from plan, network and the record, sending nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from partway import pki
+from partway.assembly import DTYPES, Network, network_of, optimizer_of, plan_of, schema_of, shapes_of
+from partway.config import Job, Site, read_job
+from partway.data import thyroid
+from partway.data.records import Records, deviation_of, mean_of, moments, squares
+from partway.model.segment import Segment
+from partway.plan.plan import Plan, Turn
+from partway.plan.schedules import Schedule, original
+from partway.policy import judge_job, judge_turns
+from partway.protocol.messages import LetterKind, Post, Reason
+from partway.protocol.net import Route, Task, compile
+from partway.shapes import Shapes
+from partway.train.worker import Worker
+
+_SERVER = "server"
+
+
+@dataclass
+class Leaving:
+    """One kind of letter that this site would send."""
+
+    what: str
+    to: str
+    how: str
+    times: int
+    """In the whole job, if the site had this record alone."""
+    nbytes: int
+    """Of each letter's tensors."""
+    values: list[float] | None = None
+    """The numbers themselves, for the record's first step, where another party could read them."""
+
+
+@dataclass
+class Preview:
+    """What `site preview` shows."""
+
+    site: str
+    job: str
+    leaves: list[Leaving] = field(default_factory=list)
+    objections: list[str] = field(default_factory=list)
+    """Why this site's policy would refuse the job, as far as it can be told before the other sites have joined."""
+
+    def words(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        lines = [f"What would leave {self.site} in the job {self.job} for one record (nothing was sent):"]
+        for row in self.leaves:
+            lines.append(f"  {row.what} to {row.to}, {row.how}: {row.times} x {row.nbytes} bytes")
+            if row.values is not None:
+                lines.append("    " + ", ".join(f"{v:.6g}" for v in row.values))
+        lines += [f"The policy refuses it: {words}" for words in self.objections]
+        if not self.objections:
+            lines.append("The policy allows it; group sizes are judged when all sites have joined.")
+        return "\n".join(lines)
+
+
+def preview(site: Site, home: Path, job_file: Path) -> Preview:
+    """Reads this site's own files and a job, signed or not.
+
+    Raises:
+        ConfigError, DataError, TrustError, CutError: a file is wrong.
+        Refused: the network's name is not allowed, so nothing more can be told.
+    """
+    job, operator = _job(site, home, job_file)
+    me, policy, schema = site.site.name, site.policy, schema_of(job)
+    others = [name for name in job.sites if name != me] or ["another-site", "a-third-site"]
+    job = msgspec.structs.replace(job, roster=dict.fromkeys(sorted([me, *others]), ""))
+    found = Preview(me, job.job.name)
+    found.objections += [o.words for o in judge_job(policy, me, job, operator) if o.reason is not Reason.ROSTER]
+    plan, schedule = plan_of(job, _SERVER)
+    network = network_of(job, policy, schema)
+    shapes = shapes_of(job, plan, network, schema)
+    turns = _turns(me, plan, schedule)
+    found.objections += [o.words for o in judge_turns(policy, me, shapes, turns)]
+    records = thyroid.read(home / site.data.path, job.job.seed)
+    found.leaves = list(_leaves(me, job, plan, shapes, network, turns, records))
+    return found
+
+
+def _job(site: Site, home: Path, path: Path) -> tuple[Job, str]:
+    data = path.read_bytes()
+    if path.suffix != ".signed":
+        operator = next(iter(site.policy.operators), "nobody")
+        return read_job(data, str(path)), operator
+    opened = pki.open_job(data, (home / site.site.identity / "authority.pem").read_bytes())
+    return read_job(opened.toml, str(path)), opened.operator.name
+
+
+def _turns(me: str, plan: Plan, schedule: Schedule) -> tuple[Turn, ...]:
+    """Of a job in which this site has one record of each kind, and the others none."""
+    return schedule({s: dict.fromkeys(("train", "validation", "test"), int(s == me)) for s in plan.sites})
+
+
+def _leaves(
+    me: str, job: Job, plan: Plan, shapes: Shapes, network: Network, turns: tuple[Turn, ...], records: Records
+) -> Iterator[Leaving]:
+    seen: dict[tuple[LetterKind, str, str, str], Leaving] = {}
+    for turn in turns:
+        for post, route in compile(plan, turn).letters.items():
+            nbytes = shapes.of(turn, post, route.sender, route.receiver).nbytes
+            if route.sender != me or not nbytes:
+                continue
+            key = (post.kind, post.source.segment, post.target.segment, route.receiver)
+            if key not in seen:
+                values = _values(me, job, plan, shapes, network, turn, post, records)
+                seen[key] = Leaving(_what(post), route.receiver, _how(job, shapes, post, route), 0, nbytes, values)
+            seen[key].times += 1
+    yield from seen.values()
+
+
+def _what(post: Post) -> str:
+    kind = post.kind.name.lower()
+    if post.kind is LetterKind.ACCOUNT:
+        return "the head of the ledger"
+    if post.kind in (LetterKind.SHARE, LetterKind.STATE, LetterKind.EQUAL):
+        return f"{kind} of {post.source.segment}"
+    return f"{kind} ({post.source.segment} -> {post.target.segment})"
+
+
+def _how(job: Job, shapes: Shapes, post: Post, route: Route) -> str:
+    if shapes.sealed(route.sender, route.receiver):
+        return "sealed, so that the server forwards and cannot read it"
+    if post.kind is LetterKind.SHARE and job.training.sums == "blind":
+        return "masked, so that the server can add and not read it"
+    return "in the clear for the receiver"
+
+
+def _values(
+    me: str, job: Job, plan: Plan, shapes: Shapes, network: Network, turn: Turn, post: Post, records: Records
+) -> list[float] | None:
+    """What a real worker would put into a letter for the first training record, with the network's present weights."""
+    if post.kind not in (LetterKind.ACTIVATIONS, LetterKind.LABELS):
+        return None
+    dtype = DTYPES[job.training.dtype]
+    training = records.features[records.division["train"]][:, records.numeric]
+    measured, mean = mean_of(moments(training))
+    scaled = records.scaled(mean, deviation_of(measured, squares(training, mean))).to(dtype)
+    first = records.division["train"][:1]
+
+    class OneRecord:
+        def take(self, turn: Turn, offset: int, rows: int) -> tuple[Tensor, Tensor]:
+            return scaled[first], records.labels[first]
+
+    segments = {c: Segment(network.modules[original(c.segment)], dtype) for c in plan.placed(me)}
+    worker = Worker(plan, shapes, segments, optimizer=optimizer_of(job.training.optimizer), source=OneRecord())
+    net = compile(plan, turn)
+    worker.begin(0, turn, net)
+    for task in net.tasks:
+        if (
+            task.kind == "forward"
+            and net.tasks[task].at == me
+            and all(isinstance(n, Task) for n in net.tasks[task].needs)
+        ):
+            worker.do(task)
+    with torch.no_grad():
+        return [float(v) for v in worker.body(post)["x"].reshape(-1)]
