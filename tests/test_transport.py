@@ -59,6 +59,27 @@ async def shout(peer: Peer, request: bytes) -> bytes:
     return request.upper()
 
 
+class Client:
+    """A site's link on an event loop that runs only while one of its methods does."""
+
+    def __init__(self, address: str, identity: Credentials, silence: float = 20) -> None:
+        self._loop = asyncio.new_event_loop()
+        self.link = self._loop.run_until_complete(self._open(address, identity, silence))
+
+    async def _open(self, address: str, identity: Credentials, silence: float) -> ClientLink:
+        return ClientLink(address, identity, silence)
+
+    def send(self, message: bytes) -> None:
+        self._loop.run_until_complete(self.link.send(message))
+
+    def receive(self) -> bytes:
+        return self._loop.run_until_complete(self.link.receive())
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self.link.close())
+        self._loop.close()
+
+
 class Serving:
     """A listener on an event loop of its own."""
 
@@ -78,8 +99,8 @@ class Serving:
         self._thread.start()
         self.port = started.get(timeout=10)
 
-    def connect(self, identity: Identity = SITE, silence: float = 20) -> ClientLink:
-        return ClientLink(f"localhost:{self.port}", credentials(identity), silence)
+    def connect(self) -> Client:
+        return Client(f"localhost:{self.port}", credentials(SITE))
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
@@ -165,7 +186,7 @@ def test_both_ends_count_the_same_bytes(serving: Serving) -> None:
         serving.driver.messages.get(timeout=10)
     link.send(b"answer")
     client.receive()
-    assert (client.bytes_sent, client.bytes_received) == (8, 6)
+    assert (client.link.bytes_sent, client.link.bytes_received) == (8, 6)
     assert (link.bytes_received, link.bytes_sent) == (8, 6)
     client.close()
 
@@ -242,7 +263,7 @@ def test_a_certificate_of_another_federation_either_way(serving: Serving) -> Non
     believed = Credentials(theirs.certificate_pem, theirs.key_pem, STEWARD.pem)
     with pytest.raises(LinkLost, match="is our certificate of its federation"):
         call(address, believed, "shout", b"", 10)
-    client = ClientLink(address, believed, 20)
+    client = Client(address, believed)
     with pytest.raises(LinkLost):
         client.receive()
     client.close()
@@ -294,14 +315,18 @@ def test_grpc_imported_first_would_accept_tls_1_2_and_is_refused() -> None:
 # -- silence
 
 CLIENT = """
-import sys
+import asyncio, sys
 from partway.transport.grpc import ClientLink, Credentials
-folder, port, silence = sys.argv[1:]
-read = lambda name: open(f"{folder}/{name}", "rb").read()
-link = ClientLink(f"localhost:{port}", Credentials(read("c.pem"), read("k.pem"), read("a.pem")), float(silence))
-link.send(b"here")
-while True:
-    link.send(link.receive())
+
+async def echo(folder, port, silence):
+    read = lambda name: open(f"{folder}/{name}", "rb").read()
+    credentials = Credentials(read("c.pem"), read("k.pem"), read("a.pem"))
+    link = ClientLink(f"localhost:{port}", credentials, float(silence))
+    await link.send(b"here")
+    while True:
+        await link.send(await link.receive())
+
+asyncio.run(echo(*sys.argv[1:]))
 """
 
 
@@ -326,6 +351,20 @@ def test_a_silent_site_is_noticed_and_an_idle_one_is_not(tmp_path: Path) -> None
         site.kill()
         site.wait()
         serving.close()
+
+
+def test_a_site_that_computes_for_longer_than_the_silence_is_not_lost() -> None:
+    silence = 1.0
+    serving = Serving(silence)
+    client = Client(f"localhost:{serving.port}", credentials(SITE), silence)
+    client.send(b"here")
+    link = serving.driver.links.get(timeout=20)
+    with pytest.raises(queue.Empty):  # meanwhile the client's event loop does not run
+        serving.driver.lost_for.get(timeout=3 * silence)
+    link.send(b"done?")
+    assert client.receive() == b"done?"
+    client.close()
+    serving.close()
 
 
 def test_a_killed_site_is_noticed_at_once(tmp_path: Path) -> None:

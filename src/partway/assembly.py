@@ -224,8 +224,8 @@ def assemble(
     )
 
     def judge(turns: Sequence[Turn], sizes: Sizes) -> None:
-        refuse(me, judge_turns(policy, me, shapes, turns))
-        refuse(me, judge_groups(policy, plan, turns, sizes, network.inputs, job.job.seed))
+        groups = judge_groups(policy, plan, turns, sizes, network.inputs, job.job.seed)
+        refuse(me, [*judge_turns(policy, me, shapes, turns), *groups])
 
     party = Party(
         place.identity,
@@ -256,7 +256,7 @@ def _refuse_batchnorm(me: str, plan: Plan, network: Network) -> None:
     for name, module in network.modules.items():
         if plan[name].laned and len(plan.sites) > 1 and (found := has_batchnorm(module)):
             words = f"the {name} has BatchNorm at {found}, whose statistics differ at each site; use GroupNorm"
-            refuse(me, iter([Objection(Reason.BATCHNORM, words)]))
+            refuse(me, [Objection(Reason.BATCHNORM, words)])
 
 
 def device_of(name: str) -> str:

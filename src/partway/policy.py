@@ -6,7 +6,7 @@ turn that follows from it and from the sites' sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from partway.config import Job, Policy
@@ -24,7 +24,7 @@ class Objection(NamedTuple):
     words: str
 
 
-def refuse(me: str, objections: Iterator[Objection]) -> None:
+def refuse(me: str, objections: Iterable[Objection]) -> None:
     """Raises `Refused` with all of them, if there are any."""
     if found := list(objections):
         words = "; ".join(o.words for o in found)

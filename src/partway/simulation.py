@@ -16,7 +16,7 @@ from partway.assembly import Assembled, Place, assemble, result_of
 from partway.config import Job, Policy, read_job
 from partway.data.records import Records
 from partway.egress import Tap
-from partway.errors import DataError, JobFailed
+from partway.errors import DataError, JobFailed, PartwayError
 from partway.party import Out
 from partway.report import Result
 from partway.train.draws import derived
@@ -64,8 +64,18 @@ class Federation:
             wire: delivers in order if not given.
             watch: called with each party that has taken a message.
         """
-        wire = wire or Wire()
+        try:
+            self._deliver(wire or Wire(), watch)
+        except PartwayError as error:
+            self._end(type(error).__name__)
+            raise
+        self._end("done")
 
+    def _end(self, outcome: str) -> None:
+        for assembled in self.parties.values():
+            assembled.ledger.end(outcome)
+
+    def _deliver(self, wire: Wire, watch: Callable[[str, Assembled], None] | None) -> None:
         def post(sender: str, out: Out) -> None:
             for link, made in out:
                 wire.put(sender, link, b"".join(made))
@@ -91,7 +101,7 @@ def federation(
     job: Job,
     records: Mapping[str, Records],
     *,
-    policy: Policy | None = None,
+    policies: Mapping[str, Policy] | None = None,
     taps: Mapping[str, Tap] | None = None,
     folder: Path | None = None,
     device: str = "auto",
@@ -100,7 +110,8 @@ def federation(
 
     Args:
         records: by site; the job's roster is made from it.
-        policy: of every party; everything is allowed if it is not given.
+        policies: of parties that do not allow everything.
+        taps: see every plaintext that leaves a party.
         folder: each party's ledger goes into a folder of its name here.
     """
     steward = pki.Authority.create("simulate")
@@ -122,7 +133,7 @@ def federation(
             home.mkdir(parents=True, exist_ok=True)
         place = Place(
             identity=identity,
-            policy=policy or permissive(job.network.build),
+            policy=(policies or {}).get(name) or permissive(job.network.build),
             secret=secrets[name],
             records=records.get(name),
             folder=home,
@@ -173,8 +184,6 @@ def simulate(
     whole = federation(job, records, folder=folder)
     whole.run(watch=watch)
     result = together(whole, time.perf_counter() - began)
-    for assembled in whole.parties.values():
-        assembled.ledger.end("done")
     if folder is not None:
         result.write(folder)
     return result
