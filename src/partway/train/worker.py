@@ -217,7 +217,9 @@ class Worker:
         if takes:
             owed = list(self._joined(takes).values())
             total = owed[0] if len(owed) == 1 else torch.stack(owed).sum(0)
-            self._out[copy, m][LetterKind.ACTIVATIONS].backward(total)  # type: ignore[no-untyped-call]
+            made = self._out[copy, m][LetterKind.ACTIVATIONS]
+            if made.requires_grad:  # a piece without weights on data has nothing to learn
+                made.backward(total)  # type: ignore[no-untyped-call]
         else:
             loss = self._loss_of[copy, m]
             loss.backward()  # type: ignore[no-untyped-call]
@@ -258,10 +260,11 @@ class Worker:
     def _update(self, unit: Copy, _: Sequence[Post]) -> None:
         mine = [c for c in self.segments if c.lane == unit.lane and c.segment in self._turn.train]
         key = (unit, tuple(c.segment for c in mine))
-        if key not in self._optimizers:
-            flats = [flat for c in mine if (flat := self.segments[c].flat) is not None]
-            self._optimizers[key] = self._optimizer(flats)
-        self._optimizers[key].step()
+        flats = [flat for c in mine if (flat := self.segments[c].flat) is not None]
+        if flats:
+            if key not in self._optimizers:
+                self._optimizers[key] = self._optimizer(flats)
+            self._optimizers[key].step()
         for copy in mine:
             self.segments[copy].clear()
 
