@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import queue
 import signal
@@ -59,25 +60,28 @@ async def shout(peer: Peer, request: bytes) -> bytes:
     return request.upper()
 
 
+LOOP = asyncio.new_event_loop()
+"""Of every client: gRPC holds on to an event loop that it has seen, and complains of a closed one."""
+atexit.register(LOOP.close)
+
+
 class Client:
     """A site's link on an event loop that runs only while one of its methods does."""
 
     def __init__(self, address: str, identity: Credentials, silence: float = 20) -> None:
-        self._loop = asyncio.new_event_loop()
-        self.link = self._loop.run_until_complete(self._open(address, identity, silence))
+        self.link = LOOP.run_until_complete(self._open(address, identity, silence))
 
     async def _open(self, address: str, identity: Credentials, silence: float) -> ClientLink:
         return ClientLink(address, identity, silence)
 
     def send(self, message: bytes) -> None:
-        self._loop.run_until_complete(self.link.send(message))
+        LOOP.run_until_complete(self.link.send(message))
 
     def receive(self) -> bytes:
-        return self._loop.run_until_complete(self.link.receive())
+        return LOOP.run_until_complete(self.link.receive())
 
     def close(self) -> None:
-        self._loop.run_until_complete(self.link.close())
-        self._loop.close()
+        LOOP.run_until_complete(self.link.close())
 
 
 class Serving:

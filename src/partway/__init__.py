@@ -11,21 +11,37 @@ loaded when it is first used, so that `import partway` is quick and loads no tor
 from __future__ import annotations
 
 from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from partway.errors import JobFailed, PartwayError, PeerError, Refused, UsageError
+
+if _TYPE_CHECKING:
+    from partway.config import Job
+    from partway.model.cut import cut
+    from partway.report import Result
+    from partway.simulation import simulate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Job",
     "JobFailed",
     "PartwayError",
     "PeerError",
     "Refused",
+    "Result",
     "UsageError",
     "__version__",
+    "cut",
+    "simulate",
 ]
 
-_HOMES: dict[str, str] = {}
+_HOMES = {
+    "Job": "partway.config",
+    "Result": "partway.report",
+    "cut": "partway.model.cut",
+    "simulate": "partway.simulation",
+}
 
 
 def __getattr__(name: str) -> object:

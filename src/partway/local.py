@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 
@@ -27,6 +28,15 @@ from partway.server.status import Status
 from partway.transport.grpc import Credentials, call
 
 OPERATOR, SERVER = "study-office", "server"
+_SERVER_ALLOWS = {
+    "trunk_to_everyone": True,
+    "clear_sums": True,
+    "solvable_sums": True,
+    "least_records_in_sum": 0,
+    "least_records_in_counts": 1,
+    "most_epochs": 10_000,
+}
+"""What is the sites' to refuse, the server does not."""
 _ERRORS = {1: JobFailed, 3: Refused}
 
 
@@ -42,6 +52,7 @@ class Process:
     """Its last line of JSON."""
     errors: list[str] = field(default_factory=list)
     """Lines of its stderr."""
+    readers: list[threading.Thread] = field(default_factory=list)
 
     @property
     def pid(self) -> int:
@@ -76,7 +87,7 @@ class LocalFederation:
     Args:
         folder: where everything is left.
         records: by site, its CSV file.
-        policy: of every party, over what training on these records needs.
+        policy: of every site, over what training on these records needs.
         silence: seconds without a sign of life after which a link is given up.
     """
 
@@ -92,7 +103,7 @@ class LocalFederation:
         identities = {SERVER: self._admit(SERVER, pki.Role.SERVER, ["localhost"])}
         allowed = {"networks": ["partway.model.zoo:mlp"], "operators": [OPERATOR], "labels_may_leave": True}
         header = {"listen": "localhost:0", "silence": silence}
-        self._write(SERVER, server=header, policy={**allowed, "trunk_to_everyone": True, **(policy or {})})
+        self._write(SERVER, server=header, policy={**allowed, **_SERVER_ALLOWS})
         for site, path in records.items():
             identities[site] = self._admit(site, pki.Role.SITE)
             self._write(
@@ -125,21 +136,24 @@ class LocalFederation:
 
     def start_server(self) -> None:
         """Starts the server, and waits until it listens."""
-        self._spawn(SERVER, "server", ["server", "start", str(self.folder / SERVER / "server.toml"), "--json"])
+        verb = ["server", "start", str(self.folder / SERVER / "server.toml"), "--json"]
+        self._spawn(SERVER, "server", [sys.executable, "-m", "partway", *verb])
         self.wait_until(lambda: "ready" in self.processes[SERVER].said, SERVER)
         self.address = f"localhost:{self.processes[SERVER].said['ready']}"
         for site in self.sites:
             path = self.folder / site / "site.toml"
             path.write_text(path.read_text().replace('"localhost:0"', f'"{self.address}"'))
 
-    def start_site(self, site: str) -> None:
-        """Starts a site's process; does not wait."""
-        self._spawn(site, "site", ["site", "start", str(self.folder / site / "site.toml"), "--json"])
+    def start_site(self, site: str, command: Sequence[str] | None = None) -> None:
+        """Starts a site's process, or another command in its place; does not wait."""
+        verb = ["site", "start", str(self.folder / site / "site.toml"), "--json"]
+        self._spawn(site, "site", command or [sys.executable, "-m", "partway", *verb])
 
     def stop(self) -> None:
         """Ends every process that still runs."""
         for process in self.processes.values():
             if process.popen.poll() is None:
+                process.popen.send_signal(signal.SIGCONT)  # one that stands still would not hear it
                 process.popen.terminate()
         for process in self.processes.values():
             try:
@@ -147,6 +161,8 @@ class LocalFederation:
             except subprocess.TimeoutExpired:
                 process.popen.kill()
                 process.popen.wait()
+            for reader in process.readers:
+                reader.join()
 
     def wait_until(self, true: Callable[[], bool], name: str, seconds: float = 120) -> None:
         """Waits for news until something is true. Raises `JobFailed` if the named process ends, or time runs out."""
@@ -161,25 +177,25 @@ class LocalFederation:
             except queue.Empty:
                 continue
 
-    def _spawn(self, name: str, role: str, verb: list[str]) -> None:
+    def _spawn(self, name: str, role: str, command: Sequence[str]) -> None:
         popen = subprocess.Popen(
-            [sys.executable, "-m", "partway", *verb],
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         process = self.processes[name] = Process(name, role, self.fingerprints[name], popen)
-        assert popen.stdout is not None
-        assert popen.stderr is not None
-        threading.Thread(target=self._listen, args=(process, popen.stdout), daemon=True).start()
-        threading.Thread(target=process.errors.extend, args=(popen.stderr,), daemon=True).start()
+        for read, lines in ((self._listen, popen.stdout), (_collect, popen.stderr)):
+            process.readers.append(threading.Thread(target=read, args=(process, lines), daemon=True))
+            process.readers[-1].start()
 
-    def _listen(self, process: Process, lines: Any) -> None:
-        for line in lines:
-            if line.startswith("{"):
-                process.said = json.loads(line)
-                self._news.put(None)
+    def _listen(self, process: Process, lines: TextIO) -> None:
+        with lines:
+            for line in lines:
+                if line.startswith("{"):
+                    process.said = json.loads(line)
+                    self._news.put(None)
 
     # -- jobs
 
@@ -242,6 +258,11 @@ class LocalFederation:
     def _write(self, party: str, **sections: Mapping[str, Any]) -> None:
         name = "server.toml" if party == SERVER else "site.toml"
         (self.folder / party / name).write_text(toml(sections))
+
+
+def _collect(process: Process, lines: TextIO) -> None:
+    with lines:
+        process.errors.extend(lines)
 
 
 def toml(sections: Mapping[str, Mapping[str, Any]]) -> str:

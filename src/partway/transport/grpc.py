@@ -168,6 +168,9 @@ class Listener:
         try:
             self._handler.opened(link)
         except PartwayError as error:
+            # Refused before it has spoken, a client can miss why: gRPC then has an "Internal error from Core" for it.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(anext(aiter(messages), None), self._silence)
             await context.abort(*_status(error))
         writer = asyncio.create_task(link.write(context))
         reader = asyncio.create_task(self._read(link, messages))
