@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from partway.assembly import DTYPES, optimizer_of
 from partway.config import Job, read_job
 from partway.data.records import Records
+from partway.equality import pooled_loop
 from partway.local import toml
-from partway.model.cut import cut
-from partway.model.segment import initialise
 from partway.simulation import Federation, federation
-from partway.train import baselines
-from partway.train.draws import first_weights
 from partway.train.source import RecordSource
 from partway.wire import frames
 
@@ -61,21 +56,12 @@ def small(job: Job, sizes: Mapping[str, int] = SIZES, **more: Any) -> Federation
 
 def pooled(whole: Federation, *, other_order: bool = False) -> tuple[nn.Module, list[float]]:
     """One plain loop over the same records in the same order, from the same first weights; and its losses."""
-    job, some = whole.job, next(iter(whole.parties.values()))
-    dtype = DTYPES[job.training.dtype]
-    network = copy.deepcopy(some.network.whole)
-    names = list(some.network.modules)
-    for name, module in zip(names, cut(network, torch.zeros(4, 6), job.network.cut), strict=True):
-        owner = whole.job.sites[0] if some.plan[name].laned else "server"
-        initialise(module, first_weights(whole.secrets[owner], whole.digest, name))
-    takes = {}
-    for site in job.sites:
+    records = {}
+    for site in whole.job.sites:
         source = whole.parties[site].party.worker.source
         assert isinstance(source, RecordSource)
-        secret = bytes(32) if other_order else whole.secrets[site]
-        takes[site] = RecordSource(source.records, secret, whole.digest, dtype).take
-    batches = baselines.union_batches(some.party.session.turns, job.sites, takes)
-    return network, baselines.train(network, optimizer_of(job.training.optimizer), batches)
+        records[site] = source.records
+    return pooled_loop(whole.job, whole.digest, whole.secrets, records, other_order=other_order)
 
 
 def difference(whole: Federation, network: nn.Module) -> float:

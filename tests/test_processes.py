@@ -20,19 +20,15 @@ from safetensors.torch import load_file
 
 from leaks import found
 from partway import pki
-from partway.assembly import DTYPES, network_of, optimizer_of, plan_of
+from partway.assembly import network_of
 from partway.config import Policy, read_job
 from partway.data import thyroid
 from partway.data.records import deviation_of, mean_of, moments, squares
+from partway.equality import pooled_loop
 from partway.errors import JobFailed, PartwayError, Refused, TrustError, UsageError
 from partway.ledger import verify
 from partway.local import SERVER, LocalFederation, Ran, toml
-from partway.model.cut import cut
-from partway.model.segment import initialise
 from partway.protocol.messages import ANYBODY, Greet, Head
-from partway.train import baselines
-from partway.train.draws import first_weights
-from partway.train.source import RecordSource
 from partway.transport.grpc import ClientLink, Credentials, call
 from partway.wire import frames
 
@@ -71,25 +67,9 @@ def federation(records: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 def pooled(running: LocalFederation, ran: Ran, *, other_order: bool = False) -> dict[str, torch.Tensor]:
     """One plain loop over the pooled records, standardised together, from the secrets of the processes."""
     parsed = read_job(running_job(ran))
-    dtype, name = DTYPES[parsed.training.dtype], parsed.network.build
-    network = network_of(parsed, Policy(networks=[name]), thyroid.SCHEMA).whole
-    plan, schedule = plan_of(parsed, SERVER)
-    nets = [s for s in plan.segments if s.kind == "net" and not s.name.endswith(("_here", "_there"))]
-    for segment, module in zip(nets, cut(network, torch.zeros(4, 29), parsed.network.cut), strict=True):
-        owner = parsed.sites[0] if segment.laned else SERVER
-        initialise(module, first_weights(running.secret(owner), ran.digest, segment.name))
-    records = {site: thyroid.bundled(parsed.job.seed)[site] for site in parsed.sites}
-    training = torch.cat([r.features[r.division["train"]][:, r.numeric] for r in records.values()])
-    measured, mean = mean_of(moments(training))
-    deviation = deviation_of(measured, squares(training, mean))
-    sources = {}
-    for site, own in records.items():
-        secret = bytes(32) if other_order else running.secret(site)
-        sources[site] = RecordSource(own, secret, ran.digest, dtype)
-        sources[site].standardise(mean, deviation)
-    turns = schedule({site: own.sizes for site, own in records.items()})
-    batches = baselines.union_batches(turns, parsed.sites, {site: s.take for site, s in sources.items()})
-    baselines.train(network, optimizer_of(parsed.training.optimizer), batches)
+    secrets = {party: running.secret(party) for party in (SERVER, *parsed.sites)}
+    records = thyroid.bundled(parsed.job.seed)
+    network, _ = pooled_loop(parsed, ran.digest, secrets, records, other_order=other_order)
     return network.state_dict()
 
 
@@ -132,7 +112,7 @@ def test_both_ends_of_every_link_count_the_same_bytes(federation: LocalFederatio
     status = federation.ask("status", ran.status.id.encode())
     at_server = json.loads(status)
     for site in federation.sites:
-        federation.wait_until(lambda site=site: federation.processes[site].said["state"] == "done", site)
+        federation.wait_for_state(site, "done")
         said = federation.processes[site].said
         assert said["bytes_sent"] == at_server["bytes_received"][site]
         assert said["bytes_received"] == at_server["bytes_sent"][site]
@@ -335,9 +315,8 @@ def test_stopped_by_its_operator(federation: LocalFederation) -> None:
     folder = federation.folder / SERVER / "runs" / f"thyroid-{status.id}"
     assert not (folder / "result.json").exists()
     for site in federation.sites:
-        said = federation.processes[site]
-        federation.wait_until(lambda said=said: said.said["state"] == "failed", site)  # type: ignore[misc]
-        assert "server gave up: STOPPED" in said.said["message"]
+        federation.wait_for_state(site, "failed")
+        assert "server gave up: STOPPED" in federation.processes[site].said["message"]
     federation.run(job(training={"epochs": 1}))
 
 
@@ -390,9 +369,8 @@ def test_a_site_ends_in_the_middle(three: tuple[LocalFederation, str], how: sign
         "svhc gave up: STOPPED" if how == signal.SIGTERM else "svhc: its connection is gone"
     )
     for site in ("svi", "stmw"):
-        process = running.processes[site]
-        running.wait_until(lambda process=process: process.said["state"] == "failed", site)  # type: ignore[misc]
-        assert "svhc" in process.said["message"]
+        running.wait_for_state(site, "failed")
+        assert "svhc" in running.processes[site].said["message"]
     if how == signal.SIGTERM:
         svhc = running.processes["svhc"].popen
         assert svhc.wait(10) == 1

@@ -362,3 +362,46 @@ def data(folder: Annotated[Path, typer.Argument(help="Where to.")], json: Json =
 
     files = [str(path) for path in write_sites(folder)]
     _show({"files": files}, json, "\n".join(files))
+
+
+@app.command("simulate")
+def simulate(
+    job_file: Annotated[
+        Path, typer.Argument(metavar="JOB", help="job.toml; the five bundled thyroid sites take part.")
+    ],
+    folder: Annotated[Path | None, typer.Option(help="Where result, weights and ledgers go.")] = None,
+    json: Json = False,
+) -> None:
+    """Run a job in one process on the bundled records: the same parties, door and frames as the real thing."""
+    from rich.console import Console
+
+    from partway.config import read_job
+    from partway.data.thyroid import bundled
+    from partway.simulation import simulate as run
+
+    parsed = read_job(_bytes(job_file), str(job_file))
+    with Console(stderr=True).status(f"{parsed.job.name}: joining") as line:
+
+        def watch(name: str, assembled: Any) -> None:
+            session = assembled.party.session
+            if name == "server" and session.turns:
+                line.update(f"{parsed.job.name}: turn {max(session.at, 0)} of {len(session.turns)}")
+
+        result = run(parsed, bundled(parsed.job.seed), folder=folder, watch=watch)
+    rows = {**result.sites, "all sites": result.all} if result.all else result.sites
+    text = [
+        f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items() if v is not None) for name, row in rows.items()
+    ]
+    _show(result.words(), json, "\n".join([*text, f"in {folder}" if folder else "nothing was written"]))
+
+
+@app.command("demo")
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where a folder of this run is made.")] = Path("demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs, each with its own division, orders and first weights.")] = 3,
+    json: Json = False,
+) -> None:
+    """Five hospitals and a server, as separate processes over mutual TLS, train one network on real records."""
+    from partway.demo import demo as run
+
+    run(folder, seeds, json)

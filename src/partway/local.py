@@ -9,13 +9,14 @@ import json
 import os
 import queue
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -129,10 +130,7 @@ class LocalFederation:
         for site in self.sites:
             self.start_site(site)
         for site in self.sites:
-            self.wait_until(partial(self._is_connected, site), site)
-
-    def _is_connected(self, site: str) -> bool:
-        return self.processes[site].said.get("state") == "waiting"
+            self.wait_for_state(site, "waiting")
 
     def start_server(self) -> None:
         """Starts the server, and waits until it listens."""
@@ -163,6 +161,10 @@ class LocalFederation:
                 process.popen.wait()
             for reader in process.readers:
                 reader.join()
+
+    def wait_for_state(self, site: str, state: str) -> None:
+        """Waits until a site says that it is waiting, done, failed ..."""
+        self.wait_until(lambda: self.processes[site].said.get("state") == state, site)
 
     def wait_until(self, true: Callable[[], bool], name: str, seconds: float = 120) -> None:
         """Waits for news until something is true. Raises `JobFailed` if the named process ends, or time runs out."""
@@ -209,6 +211,19 @@ class LocalFederation:
         me = self._operator
         credentials = Credentials(me.certificate_pem, me.key_pem, me.authority_pem)
         return call(self.address, credentials, method, request, timeout=60)
+
+    def tls_version(self) -> str:
+        """What a plain client with the operator's certificate is offered at the server's port, such as `TLSv1.3`."""
+        identity = self._identity(OPERATOR)
+        context = ssl.create_default_context(cafile=str(identity / "authority.pem"))
+        context.load_cert_chain(identity / "certificate.pem", identity / "key.pem")
+        context.set_alpn_protocols(["h2"])
+        host, _, port = self.address.rpartition(":")
+        with (
+            socket.create_connection((host, int(port)), timeout=10) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secured,
+        ):
+            return secured.version() or "none"
 
     def submit(self, signed: bytes) -> Status:
         """Hands a signed job to the server."""

@@ -1,0 +1,1 @@
+"""What a dishonest party can do with what it saw."""
