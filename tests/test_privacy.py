@@ -108,7 +108,7 @@ def test_a_mask_is_used_once() -> None:
     assert np.array_equal(sums[0].mask(4, "bottom", parts[0]), one)
     with pytest.raises(JobFailed, match="used the mask of bottom in turn 4 before"):
         sums[0].mask(4, "bottom", np.zeros_like(parts[0]))
-    with pytest.raises(JobFailed, match="in turn 3 before"):
+    with pytest.raises(JobFailed, match="has left turn 3 behind"):
         sums[0].mask(3, "bottom", parts[0])
     sums[0].mask(4, "head", parts[1])
     sums[0].mask(5, "bottom", parts[1])

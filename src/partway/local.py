@@ -5,6 +5,7 @@ For the demo, the benchmarks and the tests. Each party has a folder of its own; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -174,10 +175,12 @@ class LocalFederation:
                 raise JobFailed(f"{name} has ended: {' '.join(self.processes[name].errors[-3:]) or 'without a word'}")
             if time.monotonic() > ends:
                 raise JobFailed(f"{name} is not ready after {seconds:g} s")
-            try:
-                self._news.get(timeout=0.2)
-            except queue.Empty:
-                continue
+            self.pause()
+
+    def pause(self, seconds: float = 0.2) -> None:
+        """Until a process says something, or that long."""
+        with contextlib.suppress(queue.Empty):
+            self._news.get(timeout=seconds)
 
     def _spawn(self, name: str, role: str, command: Sequence[str]) -> None:
         popen = subprocess.Popen(

@@ -110,6 +110,10 @@ class Party:
             self.door.close()
             raise given_up(self.session.failed_by, self.session.failure)
 
+    def prepare(self) -> None:
+        """To be called before a driver waits: does what can be done before the next frame comes."""
+        self.worker.prepare()
+
     def give_up(self, reason: Reason, peer: str = "") -> Out:
         """Tells every other party that this one gives up: by its own people, or because its driver has lost `peer`."""
         yield from self._run(self.session.fail(reason, peer if peer in self.plan.parties else ""))

@@ -16,6 +16,7 @@ import hmac
 import os
 import struct
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -34,6 +35,7 @@ HEADROOM = 62
 _BLOCK = 1 << 16
 """Words masked at once: 512 KiB, so that a mask never exists whole."""
 _ZEROS = memoryview(bytes(8 * _BLOCK))
+_FROM_ZERO = modes.CTR(bytes(16))
 
 
 def encode(share: Numbers, sites: int) -> Words:
@@ -42,27 +44,33 @@ def encode(share: Numbers, sites: int) -> Words:
     Raises:
         JobFailed: a number is not finite, or so large that a total over `sites` could overflow. Never clamped.
     """
-    rest, limbs = share.astype(np.float64), []
-    if not np.isfinite(rest).all():
+    places = LIMBS[share.dtype]
+    rest, words = share.astype(np.float64), np.empty((len(places), len(share)), np.int64)
+    for number, place in enumerate(places):
+        limb = np.rint(rest * 2.0**place)
+        if limb.size and not np.abs(limb).max() < 2.0**HEADROOM / sites:  # so written, NaN is refused too
+            _refuse(share, 2.0 ** (HEADROOM - places[0]) / sites)
+        words[number] = limb
+        if number + 1 < len(places):
+            rest -= limb * 2.0**-place  # exact: a limb is a rounding of the rest
+    return words.reshape(-1).view(np.uint64)
+
+
+def _refuse(share: Numbers, largest: float) -> NoReturn:
+    if not np.isfinite(share).all():
         raise JobFailed("a share of a sum holds NaN or infinite numbers; lower the learning rate")
-    for places in LIMBS[share.dtype]:
-        limb = np.rint(rest * 2.0**places)
-        if limb.size and max(limb.max(), -limb.min()) >= 2.0**HEADROOM / sites:
-            largest = 2.0 ** (HEADROOM - LIMBS[share.dtype][0]) / sites
-            raise JobFailed(f"a share of a sum holds {np.abs(share).max():.3g}; at most {largest:.3g} can be summed")
-        limbs.append(limb)
-        rest = rest - limb * 2.0**-places  # exact: a limb is a rounding of the rest
-    return np.concatenate(limbs).astype(np.int64).view(np.uint64)
+    raise JobFailed(f"a share of a sum holds {np.abs(share).max():.3g}; at most {largest:.3g} can be summed")
 
 
 def decode(total: Words, dtype: np.dtype) -> Numbers:
     """Numbers of `dtype`, shape (n,), from a total's words; the low limb comes first, so that it is not lost."""
     places = LIMBS[dtype]
-    limbs = total.view(np.int64).reshape(len(places), -1).astype(np.float64)
-    numbers = np.zeros(limbs.shape[1])
-    for limb, place in zip(limbs[::-1], places[::-1], strict=True):
+    limbs = total.view(np.int64).reshape(len(places), -1)
+    numbers: NDArray[np.float64] = limbs[-1] * 2.0 ** -places[-1]
+    for limb, place in zip(limbs[-2::-1], places[-2::-1], strict=True):
         numbers += limb * 2.0**-place
-    return numbers.astype(dtype)
+    rounded: Numbers = numbers.astype(dtype)
+    return rounded
 
 
 def add(shares: Sequence[NDArray[np.uint64] | Numbers]) -> NDArray[np.uint64] | Numbers:
@@ -84,8 +92,10 @@ class BlindSum:
         self._keys = keys
         self._group = b""
         self._turn = -1
-        self._sent: dict[str, bytes] = {}
+        self._sent: dict[str, Words] = {}
         """Of the newest turn, by segment: the plain words that its mask was used for."""
+        self._masks: dict[str, tuple[Words, Words]] = {}
+        """Of the newest turn, by segment: what goes on this site's share, and what comes off the total."""
 
     def offer(self) -> dict[str, bytes]:
         """The first seat draws the group's key, and seals it for each other site."""
@@ -104,6 +114,21 @@ class BlindSum:
         text = b"partway/sum/confirm/v1\0" + name.encode() + self._keys.transcript
         return hmac.digest(self._group, text, "sha256")
 
+    def prepare(self, turn: int, segment: str, numbers: int, dtype: np.dtype) -> None:
+        """Makes the masks of a sum before its numbers are known: while others are waited for."""
+        self._go_to(turn)
+        if segment in self._masks:
+            return
+        keys, label = self._keys, self._label(turn, segment)
+        own, group = np.zeros((2, numbers * len(LIMBS[dtype])), np.uint64)
+        _stream(self._group, label, group, np.add)
+        for name, secret in keys.masking.items():
+            _stream(secret, label, own, np.add if keys.me < name else np.subtract)
+        if keys.me == keys.seats[0]:
+            # One site and not all: S times a mask has zeros in its low bits where S is even, and they would lie open.
+            own += group
+        self._masks[segment] = own, group
+
     def mask(self, turn: int, segment: str, share: Numbers) -> Words:
         """This site's share as the server may see it.
 
@@ -111,14 +136,13 @@ class BlindSum:
             JobFailed: as `encode`; or the mask of (turn, segment) was used for other numbers, for the difference of
                 two such texts is the difference of the plain shares.
         """
+        self._go_to(turn)
         plain = encode(share, len(self._keys.seats))
-        self._use_once(turn, segment, plain.tobytes())
-        masked, label = plain.copy(), self._label(turn, segment)
-        for name, secret in self._keys.masking.items():
-            _stream(secret, label, masked, np.add if self._keys.me < name else np.subtract)
-        if self._keys.me == self._keys.seats[0]:
-            # One site and not all: S times a mask has zeros in its low bits where S is even, and they would lie open.
-            _stream(self._group, label, masked, np.add)
+        before = self._sent.setdefault(segment, plain)
+        if before is not plain and not np.array_equal(before, plain):
+            raise JobFailed(f"{self._keys.me} has used the mask of {segment} in turn {turn} before")
+        self.prepare(turn, segment, len(share), share.dtype)
+        masked: Words = plain + self._masks[segment][0]
         return masked
 
     def unmask(self, turn: int, segment: str, total: Words, dtype: np.dtype) -> Numbers:
@@ -129,15 +153,13 @@ class BlindSum:
         """
         if turn != self._turn or segment not in self._sent:
             raise JobFailed(f"{self._keys.me} has sent no share of {segment} in turn {turn}, and takes no total")
-        plain = total.copy()
-        _stream(self._group, self._label(turn, segment), plain, np.subtract)
-        return decode(plain, dtype)
+        return decode(total - self._masks[segment][1], dtype)
 
-    def _use_once(self, turn: int, segment: str, plain: bytes) -> None:
+    def _go_to(self, turn: int) -> None:
+        if turn < self._turn:
+            raise JobFailed(f"{self._keys.me} has left turn {turn} behind, and its masks with it")
         if turn > self._turn:
-            self._turn, self._sent = turn, {}
-        if turn < self._turn or self._sent.setdefault(segment, plain) != plain:
-            raise JobFailed(f"{self._keys.me} has used the mask of {segment} in turn {turn} before")
+            self._turn, self._sent, self._masks = turn, {}, {}
 
     def _label(self, turn: int, segment: str) -> bytes:
         """What a mask's key is derived for: two sums never share one."""
@@ -147,7 +169,7 @@ class BlindSum:
 
 def _stream(secret: bytes, label: bytes, words: Words, apply: Callable[..., object]) -> None:
     """Adds or subtracts AES-256-CTR keystream, read as little-endian words, in place."""
-    encryptor = Cipher(algorithms.AES(hmac.digest(secret, label, "sha256")), modes.CTR(bytes(16))).encryptor()
+    encryptor = Cipher(algorithms.AES(hmac.digest(secret, label, "sha256")), _FROM_ZERO).encryptor()
     for start in range(0, words.size, _BLOCK):
         block = words[start : start + _BLOCK]
         apply(block, np.frombuffer(encryptor.update(_ZEROS[: 8 * block.size]), "<u8"), out=block)
@@ -155,6 +177,9 @@ def _stream(secret: bytes, label: bytes, words: Words, apply: Callable[..., obje
 
 class ClearSum:
     """The same half of a sum that hides nothing: to measure what blindness costs."""
+
+    def prepare(self, turn: int, segment: str, numbers: int, dtype: np.dtype) -> None:
+        """There is nothing to prepare."""
 
     def mask(self, turn: int, segment: str, share: Numbers) -> Numbers:
         """The share as it is."""

@@ -198,6 +198,7 @@ class Agent:
         try:
             await self._post(party.start())
             while not party.ended:
+                party.prepare()
                 for frame in await self._receive():
                     await self._post(party.receive(server, frame))
                 if (now := time.monotonic()) - told > 0.25:

@@ -30,6 +30,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Sums(Protocol):
     """This party's half of a sum over sites: `privacy.blind_sum` has both."""
 
+    def prepare(self, turn: int, segment: str, numbers: int, dtype: np.dtype) -> None: ...
+
     def mask(self, turn: int, segment: str, share: Numbers) -> Words | Numbers: ...
 
     def unmask(self, turn: int, segment: str, total: Any, dtype: np.dtype) -> Numbers: ...
@@ -131,6 +133,12 @@ class Worker:
         elif task.kind != "ticked":
             getattr(self, f"_{task.kind}")(task.what, takes)
 
+    def prepare(self) -> None:
+        """Makes, while letters are waited for, what this turn will need whatever they say: the masks of its sums."""
+        if self.sums is not None and self.at >= 0:
+            for _, name in self._turn.sums:
+                self.sums.prepare(self.at, name, *self._summed(name))
+
     def body(self, post: Post) -> dict[str, Tensor]:
         """The tensors of a letter that a finished task has made."""
         kind, source, target, m = post
@@ -228,15 +236,20 @@ class Worker:
 
     # -- sums and updates, for the turn
 
+    def _summed(self, name: str) -> tuple[int, np.dtype]:
+        """How many numbers of a segment are summed, and of which type."""
+        if name in self.tallies:
+            return self.tallies[name].size, np.dtype("float64")
+        return self.shapes.pieces[name].size, np.dtype(str(self.shapes.dtype).removeprefix("torch."))
+
     def _share(self, copy: Copy, _: Sequence[Post]) -> None:
-        plain: Tensor | None
-        if self._what[copy.segment] == "tally":
-            size, dtype, plain = self.tallies[copy.segment].size, torch.float64, self._counts.get(copy)
-        else:
-            size, dtype, plain = self.segments[copy].size, self.shapes.dtype, self.segments[copy].gradient()
+        tally = self._what[copy.segment] == "tally"
+        plain = self._counts.get(copy) if tally else self.segments[copy].gradient()
         if plain is None:  # no records in this turn: zeros, for the masks must cancel
-            plain = torch.zeros(size, dtype=dtype)
-        masked = self._half().mask(self.at, copy.segment, plain.detach().cpu().numpy())
+            numbers = np.zeros(*self._summed(copy.segment))
+        else:
+            numbers = plain.detach().cpu().numpy()
+        masked = self._half().mask(self.at, copy.segment, numbers)
         self._made[LetterKind.SHARE, copy] = {"x": _signed(masked)}
 
     def _add(self, what: Copy, takes: Sequence[Post]) -> None:
@@ -244,10 +257,9 @@ class Worker:
 
     def _load(self, copy: Copy, takes: Sequence[Post]) -> None:
         total = _unsigned(self._taken(takes[0])["x"])
-        tally = self._what[copy.segment] == "tally"
-        dtype = torch.float64 if tally else self.shapes.dtype
-        plain = torch.from_numpy(self._half().unmask(self.at, copy.segment, total, _numpy(dtype)))
-        if tally:
+        _, dtype = self._summed(copy.segment)
+        plain = torch.from_numpy(self._half().unmask(self.at, copy.segment, total, dtype))
+        if self._what[copy.segment] == "tally":
             self.tallies[copy.segment].settle(self._turn, plain)
         else:
             self.segments[copy].set_gradient(plain.to(self._device))
@@ -307,7 +319,3 @@ def _signed(words: Words | Numbers) -> Tensor:
 def _unsigned(tensor: Tensor) -> Any:
     array = tensor.cpu().numpy()
     return array.view(np.uint64) if array.dtype == np.int64 else array
-
-
-def _numpy(dtype: torch.dtype) -> np.dtype:
-    return np.dtype(str(dtype).removeprefix("torch."))

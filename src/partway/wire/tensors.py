@@ -81,10 +81,10 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[tuple[Spec, ...], list[bytes | 
         spec = spec_of(name, tensor)
         if fill := padding(size):
             pieces.append(bytes(fill))
-        if tensor.numel():
-            plain = tensor.detach().to("cpu").contiguous()
+        if spec.nbytes:
+            plain = tensor if tensor.is_cpu and tensor.is_contiguous() else tensor.cpu().contiguous()
             plain = plain.view(torch.int16) if plain.dtype is torch.bfloat16 else plain
-            pieces.append(plain.numpy().reshape(-1).view(np.uint8).data)
+            pieces.append(plain.detach().numpy().reshape(-1).view(np.uint8).data)
         size += fill + spec.nbytes
         specs.append(spec)
     return tuple(specs), pieces
