@@ -112,10 +112,20 @@ def federation_approve(
         raise UsageError("not approved: compare the fingerprint with the party first, then say --yes")
     pki.approve_in(folder, request)
     words = {"name": asked.name, "role": asked.role.value, "fingerprint": asked.fingerprint}
-    text = f"certificate.pem and authority.pem are beside {request}; both go back to {asked.name}."
-    if asked.role is pki.Role.SITE:
-        text += f'\nIts line in a job\'s [roster]:\n{asked.name} = "{asked.fingerprint}"'
-    _show(words, json, text)
+    _show(words, json, f"certificate.pem and authority.pem are beside {request}; both go back to {asked.name}.")
+
+
+@federation.command("roster")
+def federation_roster(
+    folder: Annotated[Path, typer.Argument(help="The authority's.")],
+    json: Json = False,
+) -> None:
+    """Print the [roster] of all approved sites, to be put into a job."""
+    from partway import pki
+
+    sites = pki.approved_sites(folder)
+    text = "[roster]\n" + "\n".join(f'{name} = "{fingerprint}"' for name, fingerprint in sites.items())
+    _show({"roster": sites}, json, text)
 
 
 def _request(name: str, role: str, hosts: list[str], folder: Path, json: bool) -> None:

@@ -314,6 +314,13 @@ def approve_in(folder: Path, request: Path) -> Request:
     return asked
 
 
+def approved_sites(folder: Path) -> dict[str, str]:
+    """Key fingerprints of the sites that the steward has approved, by name."""
+    authority = Authority.load(folder)
+    subjects = [verify_certificate(_read(path), authority.pem) for path in sorted((folder / "approved").glob("*.pem"))]
+    return {subject.name: subject.fingerprint for subject in subjects if subject.role is Role.SITE}
+
+
 # -- parts
 
 
