@@ -184,5 +184,5 @@ def test_files_that_do_not_belong_together(tmp_path: Path, steward: Authority) -
     with pytest.raises(TrustError, match=r"certificate\.pem was not made for key\.pem"):
         Identity.load(tmp_path)
     (tmp_path / "key.pem").unlink()
-    with pytest.raises(TrustError, match=r"key\.pem: cannot be read"):
+    with pytest.raises(UsageError, match=r"key\.pem: cannot be read"):
         Identity.load(tmp_path)

@@ -458,6 +458,17 @@ def test_an_operator_s_whole_day(federation: LocalFederation, tmp_path: Path) ->
     assert "not signed by this party's key" in said
 
 
+def test_the_exit_code_is_the_job_s(federation: LocalFederation, tmp_path: Path) -> None:
+    office = ["--server", federation.address, "--identity", str(federation.folder / "study-office" / "identity")]
+    (tmp_path / "job.signed").write_bytes(federation.sign(job(training={"epochs": 101})))
+    out, _ = partway("job", "submit", "job.signed", *office, "--wait", "--json", folder=tmp_path, expect=3)
+    status = json.loads(out)
+    assert "EPOCHS" in status["message"]
+    partway("job", "status", status["id"], *office, expect=3)
+    _, said = partway("job", "download", status["id"], *office, expect=2)
+    assert "is refused, and has no result" in said
+
+
 def test_a_site_of_another_federation(federation: LocalFederation, records: dict[str, Path], tmp_path: Path) -> None:
     stranger = LocalFederation(tmp_path, {"svi": records["svi"]})
     file = tmp_path / "svi" / "site.toml"

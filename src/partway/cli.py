@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from partway import __version__
+from partway.config import contents
 from partway.errors import JobFailed, PartwayError, UsageError
 from partway.server.status import Status
 
@@ -31,9 +32,17 @@ ledger = typer.Typer(help="What left a party.", no_args_is_help=True)
 for verbs, name in ((federation, "federation"), (server, "server"), (site, "site"), (job, "job"), (ledger, "ledger")):
     app.add_typer(verbs, name=name)
 
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not (host and port.isdigit()):
+        raise UsageError(f"--server {value}: host:port is needed, as in hospital.example:8443")
+    return value
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Identity = Annotated[Path, typer.Option("--identity", help="The folder of key, certificate and authority.")]
-Address = Annotated[str, typer.Option("--server", help="host:port of the server.")]
+Address = Annotated[str, typer.Option("--server", help="host:port of the server.", callback=_address)]
 Number = Annotated[str, typer.Argument(help="The job's number, as `job submit` printed it.")]
 Name = Annotated[str, typer.Argument(help="Letters, digits, _ and -, at most 64.")]
 Into = Annotated[Path, typer.Option("--identity", help="The folder that gets the key and the request.")]
@@ -42,20 +51,19 @@ Into = Annotated[Path, typer.Option("--identity", help="The folder that gets the
 def main() -> int:
     """Runs a verb; an error is one line on stderr, and its exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # what a verb has raised as typer.Exit; None otherwise
     except PartwayError as error:
         return _failed(str(error), error.exit_code)
-    except typer.Exit as end:
-        return end.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return _failed("stopped", 1)
     except OSError as error:
         return _failed(f"{error.filename or 'the disk'}: {error.strerror}", 1)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own, for words that are no verb or option
-            return _failed(error.format_message(), 2)
+            words = error.format_message()
+            return _failed(words, 2) if words else 2  # none where the help has been printed
         raise
-    return 0
+    return code or 0
 
 
 def _failed(words: str, code: int) -> int:
@@ -104,9 +112,9 @@ def federation_approve(
     """Sign a party's certificate, after its fingerprint has been compared with the party by telephone."""
     from partway import pki
 
-    asked = pki.read_request(_bytes(request))
+    asked = pki.read_request(contents(request))
     if not json:
-        print(f"{asked.name} asks to be a {asked.role.value}. Its key's fingerprint:")
+        print(f"{asked.name} asks for the role of {asked.role.value}. Its key's fingerprint:")
         print(f"  {pki.spoken(asked.fingerprint)}")
     if not yes and (json or not typer.confirm("Have you compared it with them by telephone?")):
         raise UsageError("not approved: compare the fingerprint with the party first, then say --yes")
@@ -120,7 +128,7 @@ def federation_roster(
     folder: Annotated[Path, typer.Argument(help="The authority's.")],
     json: Json = False,
 ) -> None:
-    """Print the [roster] of all approved sites, to be put into a job."""
+    """Print the roster of all approved sites, to be put into a job."""
     from partway import pki
 
     sites = pki.approved_sites(folder)
@@ -218,7 +226,7 @@ def job_sign(
     from partway import pki
     from partway.config import Policy, read_job
 
-    text = _bytes(file)
+    text = contents(file)
     parsed = read_job(text, str(file))
     signed = pki.sign_job(pki.Identity.load(identity), text)
     from partway.assembly import network_of, schema_of
@@ -227,13 +235,6 @@ def job_sign(
     path = file.with_suffix(".signed")
     path.write_bytes(signed)
     _show({"signed": str(path)}, json, f"Signed: {path}")
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _call(identity: Path, address: str, method: str, request: bytes) -> bytes:
@@ -257,7 +258,7 @@ def job_submit(
     json: Json = False,
 ) -> None:
     """Hand a signed job to the server."""
-    status = _status(identity, server, "submit", _bytes(signed))
+    status = _status(identity, server, "submit", contents(signed))
     if wait:
         _end(_watch(identity, server, status), json)
     else:
@@ -312,7 +313,7 @@ def job_download(
     folder: Annotated[Path, typer.Option(help="Where a folder of the job's number is made.")] = Path(),
     json: Json = False,
 ) -> None:
-    """Fetch what the job's [result] gives to the server: result.json, and weights."""
+    """Fetch what the job gives to the server at its end: result.json, and weights."""
     import msgspec
 
     files = msgspec.msgpack.decode(_call(identity, server, "download", number.encode()), type=dict[str, bytes])
@@ -340,7 +341,7 @@ def ledger_verify(
     from partway import ledger as ledgers
     from partway import pki
 
-    certificate, authority = (_bytes(identity / name) for name in ("certificate.pem", "authority.pem"))
+    certificate, authority = (contents(identity / name) for name in ("certificate.pem", "authority.pem"))
     subject = pki.verify_certificate(certificate, authority)
     audit = ledgers.verify(file, lambda signature, data: pki.signed_by(subject.key_der, signature, data))
     rows = {name: [(e, to, c.frames, c.nbytes) for (e, to), c in getattr(audit, name).items()] for name in LEFT}
@@ -389,7 +390,7 @@ def simulate(
     from partway.data.thyroid import bundled
     from partway.simulation import simulate as run
 
-    parsed = read_job(_bytes(job_file), str(job_file))
+    parsed = read_job(contents(job_file), str(job_file))
     with Console(stderr=True).status(f"{parsed.job.name}: joining") as line:
 
         def watch(name: str, assembled: Any) -> None:
@@ -400,7 +401,7 @@ def simulate(
         result = run(parsed, bundled(parsed.job.seed), folder=folder, watch=watch)
     rows = {**result.sites, "all sites": result.all} if result.all else result.sites
     text = [
-        f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in row.items() if v is not None) for name, row in rows.items()
+        f"{name}: {', '.join(f'{k} {v:.4g}' for k, v in row.items() if v is not None)}" for name, row in rows.items()
     ]
     _show(result.words(), json, "\n".join([*text, f"in {folder}" if folder else "nothing was written"]))
 

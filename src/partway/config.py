@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, field
 
-from partway.errors import ConfigError
+from partway.errors import ConfigError, UsageError
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Positive = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -231,18 +231,19 @@ def read_job(text: str | bytes, where: str = "the job") -> Job:
 
 
 def read_site(path: Path) -> Site:
-    return _read(_text(path), Site, str(path))
+    return _read(contents(path, ConfigError), Site, str(path))
 
 
 def read_server(path: Path) -> Server:
-    return _read(_text(path), Server, str(path))
+    return _read(contents(path, ConfigError), Server, str(path))
 
 
-def _text(path: Path) -> bytes:
+def contents(path: Path, error: type[UsageError] = UsageError) -> bytes:
+    """A file's bytes. Raises `error`, with the path and why."""
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except OSError as failed:
+        raise error(f"{path}: cannot be read ({failed.strerror})") from None
 
 
 def _read(text: str | bytes, kind: type[S], where: str) -> S:

@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from msgspec import Meta
 
+from partway.config import contents
 from partway.errors import TrustError, UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -75,7 +76,7 @@ class Identity:
     @classmethod
     def load(cls, folder: Path) -> Identity:
         """From `key.pem`, `certificate.pem` and `authority.pem`. Raises `TrustError` if they do not belong together."""
-        key, certificate, authority = (_read(folder / f"{n}.pem") for n in ("key", "certificate", "authority"))
+        key, certificate, authority = (contents(folder / f"{n}.pem") for n in ("key", "certificate", "authority"))
         identity = cls(key, certificate, authority)
         if identity.subject.key_der != _public_der(identity._key.public_key()):
             raise TrustError(f"{folder}: certificate.pem was not made for key.pem; ask the steward for the right one")
@@ -140,7 +141,7 @@ class Authority:
     @classmethod
     def load(cls, folder: Path) -> Authority:
         """From a folder that `save` wrote."""
-        return cls(_read(folder / "authority.key"), _read(folder / "authority.pem"))
+        return cls(contents(folder / "authority.key"), contents(folder / "authority.pem"))
 
     def save(self, folder: Path) -> None:
         """Writes `authority.key`, for the steward alone, and `authority.pem`, for every party. Never overwrites."""
@@ -301,10 +302,10 @@ def approve_in(folder: Path, request: Path) -> Request:
     Raises:
         TrustError: another key has been approved under this name.
     """
-    authority, pem = Authority.load(folder), _read(request)
+    authority, pem = Authority.load(folder), contents(request)
     asked = read_request(pem)
     kept = folder / "approved" / f"{asked.name}.pem"
-    if kept.exists() and verify_certificate(_read(kept), authority.pem).fingerprint != asked.fingerprint:
+    if kept.exists() and verify_certificate(contents(kept), authority.pem).fingerprint != asked.fingerprint:
         raise TrustError(f"{asked.name} has a certificate for another key; remove {kept} if it is to be replaced")
     certificate = authority.approve(pem)
     for path, data in ((kept, certificate), (request.parent / "certificate.pem", certificate)):
@@ -317,7 +318,9 @@ def approve_in(folder: Path, request: Path) -> Request:
 def approved_sites(folder: Path) -> dict[str, str]:
     """Key fingerprints of the sites that the steward has approved, by name."""
     authority = Authority.load(folder)
-    subjects = [verify_certificate(_read(path), authority.pem) for path in sorted((folder / "approved").glob("*.pem"))]
+    subjects = [
+        verify_certificate(contents(path), authority.pem) for path in sorted((folder / "approved").glob("*.pem"))
+    ]
     return {subject.name: subject.fingerprint for subject in subjects if subject.role is Role.SITE}
 
 
@@ -417,13 +420,6 @@ def _public_der(key: object) -> bytes:
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise TrustError("a certificate's key is not P-256")
     return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise TrustError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _write_new(path: Path, data: bytes, private: bool = False) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from partway import pki
 from partway.assembly import DTYPES, Network, network_of, optimizer_of, plan_of, schema_of, shapes_of
-from partway.config import Job, Site, read_job
+from partway.config import Job, Site, contents, read_job
 from partway.data import thyroid
 from partway.data.records import Records, deviation_of, mean_of, moments, squares
 from partway.model.segment import Segment
@@ -92,11 +92,11 @@ def preview(site: Site, home: Path, job_file: Path) -> Preview:
 
 
 def _job(site: Site, home: Path, path: Path) -> tuple[Job, str]:
-    data = path.read_bytes()
+    data = contents(path)
     if path.suffix != ".signed":
         operator = next(iter(site.policy.operators), "nobody")
         return read_job(data, str(path)), operator
-    opened = pki.open_job(data, (home / site.site.identity / "authority.pem").read_bytes())
+    opened = pki.open_job(data, contents(home / site.site.identity / "authority.pem"))
     return read_job(opened.toml, str(path)), opened.operator.name
 
 

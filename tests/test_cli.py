@@ -1,0 +1,205 @@
+"""Each verb as a person types it: what it prints, its exit code, and one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from partway import cli
+from partway.local import toml
+
+JOB = {
+    "job": {"name": "thyroid", "seed": 1},
+    "network": {
+        "build": "partway.model.zoo:mlp",
+        "arguments": {"inputs": 29, "hidden": [32, 8, 32], "classes": 7},
+        "cut": ["hidden.2"],
+    },
+    "training": {"epochs": 1, "batch": 512},
+}
+Type = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def type_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Type:
+    """Types a line in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def one(line: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["partway", *line.split()])
+        code = cli.main()
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return code, said.out, said.err
+
+    return one
+
+
+@pytest.fixture
+def office(type_: Type) -> str:
+    """The folder of an operator that the steward has approved."""
+    for line in (
+        "federation init authority",
+        "job request office --identity office",
+        "federation approve authority office/request.pem --yes",
+    ):
+        assert type_(line)[0] == 0
+    return "office"
+
+
+def test_version_and_help(type_: Type) -> None:
+    assert type_("--version") == (0, "0.1.0\n", "")
+    code, out, err = type_("--help")
+    assert (code, err) == (0, "")
+    assert all(verb in out for verb in ("demo", "simulate", "data", "federation", "server", "site", "job", "ledger"))
+
+
+def test_help_waits_for_no_torch() -> None:
+    command = "import sys; from partway import cli; sys.argv = ['partway', '--help']; cli.main(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert not {"torch", "grpc", "numpy"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("jop sign", "No such command 'jop'. Did you mean 'job'?"),
+        ("job sign", "Missing argument"),
+        ("job sign a.toml --identty x", "No such option: --identty"),
+        ("job submit job.signed", "Missing option '--server'"),
+        ("job list --server localhost", "--server localhost: host:port is needed"),
+        ("demo --seeds none", "Invalid value for '--seeds'"),
+        ("server request server", "Missing option '--host'"),
+        ("job sign no.toml", "no.toml: cannot be read (No such file or directory)"),
+        ("simulate no.toml", "no.toml: cannot be read (No such file or directory)"),
+        ("site start no.toml", "no.toml: cannot be read (No such file or directory)"),
+        ("server start no.toml", "no.toml: cannot be read (No such file or directory)"),
+        ("federation approve no request.pem", "request.pem: cannot be read"),
+        ("federation roster no", "authority.key: cannot be read"),
+        ("ledger verify no.jsonl", "certificate.pem: cannot be read"),
+        ("site request ../svi", "'../svi' is no name"),
+    ],
+)
+def test_wrong_words(type_: Type, line: str, words: str) -> None:
+    code, out, err = type_(line)
+    assert (code, out) == (2, "")
+    assert err.startswith("partway: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_verb_alone_prints_its_help(type_: Type) -> None:
+    code, out, err = type_("job")
+    assert (code, err) == (2, "")
+    assert "submit" in out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("epochs", "epoch", "job.toml: [training] has no key `epoch`; did you mean `epochs`?"),
+        ("hidden.2", "hidden.9", "the network has no module `hidden.9`; did you mean"),
+        ("hidden.2", "hidden.9", "it can be cut after hidden.0, hidden.1, "),
+        ("zoo:mlp", "zoo:mpl", "`partway.model.zoo` has no network `mpl`; did you mean `mlp`?"),
+        ("partway.model.zoo:mlp", "os:system", "`os` has no dictionary NETWORKS"),
+        ("partway.model.zoo:mlp", "no_such_room:mlp", "no_such_room"),
+        ("inputs = 29", "inpts = 29", "has no argument `inpts`; did you mean `inputs`?"),
+        ("inputs = 29", "inputs = 28", "takes no records of shape (29,)"),
+        ("[training]", "[training", "job.toml: not TOML"),
+    ],
+)
+def test_a_wrong_job_is_not_signed(type_: Type, office: str, before: str, after: str, words: str) -> None:
+    Path("job.toml").write_text(toml(JOB).replace(before, after))
+    for line in (f"job sign job.toml --identity {office}", "simulate job.toml"):
+        code, _, err = type_(line)
+        assert code == 2
+        assert words in err
+        assert err.count("\n") == 1
+    assert not Path("job.signed").exists()
+
+
+def test_only_operators_sign(type_: Type, office: str) -> None:
+    type_("site request svi --identity svi")
+    type_("federation approve authority svi/request.pem --yes")
+    Path("job.toml").write_text(toml(JOB))
+    code, _, err = type_("job sign job.toml --identity svi")
+    assert (code, err) == (2, "partway: svi is a site; only operators sign jobs\n")
+    assert type_(f"job sign job.toml --identity {office}") == (0, "Signed: job.signed\n", "")
+
+
+def test_the_steward_s_words(type_: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = type_("federation init authority --json")
+    assert (code, json.loads(out)["folder"]) == (0, "authority")
+    assert Path("authority/authority.key").stat().st_mode & 0o077 == 0
+    _, out, _ = type_("site request svi --identity svi --json")
+    fingerprint = json.loads(out)["fingerprint"]
+
+    code, out, err = type_("federation approve authority svi/request.pem --json")
+    assert (code, out) == (2, "")
+    assert "compare the fingerprint with the party first" in err
+    monkeypatch.setattr("typer.confirm", lambda _: False)
+    code, out, err = type_("federation approve authority svi/request.pem")
+    assert code == 2
+    assert fingerprint[:4] in out
+    assert not Path("svi/certificate.pem").exists()
+
+    code, out, _ = type_("federation approve authority svi/request.pem --yes --json")
+    assert json.loads(out) == {"name": "svi", "role": "site", "fingerprint": fingerprint}
+    assert json.loads(type_("federation roster authority --json")[1]) == {"roster": {"svi": fingerprint}}
+    assert type_("federation roster authority")[1] == f'[roster]\nsvi = "{fingerprint}"\n'
+    code, _, err = type_("site request svi --identity svi")
+    assert (code, "key.pem exists and is not overwritten" in err) == (2, True)
+
+
+def test_simulate(type_: Type) -> None:
+    Path("job.toml").write_text(toml(JOB))
+    code, out, _ = type_("simulate job.toml --folder out --json")
+    assert code == 0
+    assert sorted(json.loads(out)["sites"]) == ["other", "stmw", "svhc", "svhd", "svi"]
+    assert Path("out/server/ledger.jsonl").exists()
+    code, out, _ = type_("simulate job.toml")
+    assert "svhd: records 25, accuracy 0." in out
+    assert out.endswith("nothing was written\n")
+
+
+SITE = {
+    "site": {"name": "svi", "server": "localhost:1"},
+    "data": {"path": "records/svi.csv.gz"},
+    "policy": {"networks": ["partway.model.zoo:mlp"], "operators": ["office"], "labels_may_leave": True},
+}
+
+
+def test_preview(type_: Type) -> None:
+    assert "records/svi.csv.gz" in json.loads(type_("data records --json")[1])["files"]
+    Path("job.toml").write_text(toml(JOB))
+    Path("site.toml").write_text(toml(SITE))
+    code, out, _ = type_("site preview site.toml job.toml")
+    assert code == 0
+    assert "activations (bottom -> trunk) to server, in the clear for the receiver: 1 x 32 bytes" in out
+    assert "The policy allows it" in out
+    code, out, _ = type_("site preview site.toml job.toml --json")
+    leaves = {row["what"]: row for row in json.loads(out)["leaves"]}
+    assert len(leaves["activations (bottom -> trunk)"]["values"]) == 8
+    assert len(leaves["labels (data -> trunk)"]["values"]) == 1
+
+    Path("site.toml").write_text(toml(SITE | {"policy": SITE["policy"] | {"labels_may_leave": False}}))
+    code, out, _ = type_("site preview site.toml job.toml")
+    assert code == 3
+    assert "The policy refuses it: " in out
+    Path("site.toml").write_text(toml(SITE | {"policy": SITE["policy"] | {"networks": []}}))
+    code, _, err = type_("site preview site.toml job.toml")
+    assert code == 3
+    assert "partway.model.zoo:mlp" in err
+    Path("site.toml").write_text(toml(SITE | {"data": {"path": "records/no.csv"}}))
+    code, _, err = type_("site preview site.toml job.toml")
+    assert (code, err.count("\n")) == (2, 1)
+    code, _, err = type_("site preview site.toml no.toml")
+    assert (code, "no.toml: cannot be read" in err) == (2, True)
+    Path("bad.signed").write_bytes(b"nothing")
+    code, _, err = type_("site preview site.toml bad.signed")
+    assert code == 2
