@@ -281,7 +281,7 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
         job=msgspec.to_builtins(job),
         party=me,
         seconds=seconds,
-        steps=sum(1 for t in party.session.turns if t.train),
+        steps=party.session.steps[1],
         losses=[float(loss) for loss in worker.losses],
         validation=[{"epoch": epoch, **asdict(s)} for part, epoch, s in seen if part == "validation"],
         all=next((asdict(s) for part, _, s in seen if part == "test"), {}),

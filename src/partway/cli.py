@@ -6,6 +6,7 @@ Exit codes: 0 fine, 1 the job failed, 2 wrong words or files, 3 refused by a sit
 from __future__ import annotations
 
 import json as json_module
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -179,6 +180,7 @@ def server_start(file: Annotated[Path, typer.Argument(help="server.toml")], json
     settings = read_server(file)
     from partway.server.start import start
 
+    _as_batch_work()
     start(settings, file.parent, json)
 
 
@@ -194,6 +196,7 @@ def site_start(
     settings = read_site(file)
     from partway.site.show import run
 
+    _as_batch_work()
     run(settings, file.parent, jobs, json)
 
 
@@ -213,6 +216,12 @@ def site_preview(
     _show(found.words(), json, found.text())
     if found.objections:
         raise typer.Exit(3)
+
+
+def _as_batch_work() -> None:
+    """Work that a waking thread does not interrupt: a twentieth less CPU where parties share cores."""
+    if hasattr(os, "SCHED_BATCH"):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 # -- an operator

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from enum import Enum
+from itertools import accumulate
 from typing import NamedTuple, cast
 
 import msgspec
@@ -97,6 +98,8 @@ class Session:
         self.peers = [p for p in plan.parties if p != me]
         self.failure: Fail | None = None
         self.failed_by = ""
+        self._steps: tuple[int, ...] = (0,)
+        """Before each turn, and at the end: how many turns have trained."""
         self._schedule, self._verify = schedule, verify
         self._notes: dict[type[Message], dict[str, Message]] = {Hello: {me: hello}, GroupKey: {}, Ready: {}, Bye: {}}
 
@@ -161,6 +164,11 @@ class Session:
         """How many records each site brings, once every HELLO is in."""
         return {site: msgspec.structs.asdict(self.hellos[site].records) for site in self.plan.sites}
 
+    @property
+    def steps(self) -> tuple[int, int]:
+        """For people: how many training turns lie behind, and how many there are."""
+        return self._steps[max(self.at, 0)], self._steps[-1]
+
     def waits_for(self) -> list[str]:
         """For people and deadlines: whose messages are missing."""
         if self.state in (State.JOINING, State.AGREEING):
@@ -184,6 +192,7 @@ class Session:
         self.state = State.AGREEING
         self.turns = self._schedule(self.sizes)
         self.nets = tuple(compile(self.plan, turn) for turn in self.turns)
+        self._steps = tuple(accumulate((bool(turn.train) for turn in self.turns), initial=0))
         self._agreement = agreement(self.hellos, self.turns)
         return [Derive()]
 

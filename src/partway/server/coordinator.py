@@ -294,8 +294,7 @@ class _Run:
     def _update(self) -> None:
         """Where the job stands."""
         session, worker, status = self._party.session, self._party.worker, self._submitted.status
-        done = session.turns[: max(session.at, 0)]
-        status.steps, status.step = (sum(1 for t in turns if t.train) for turns in (session.turns, done))
+        status.step, status.steps = session.steps
         status.seconds = time.monotonic() - self._began
         status.seconds_left = status.seconds / status.step * (status.steps - status.step) if status.step else None
         status.loss = float(worker.losses[-1]) if worker.losses else None

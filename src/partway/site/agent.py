@@ -215,8 +215,7 @@ class Agent:
 
     def _tell(self, assembled: Assembled, state: str, message: str = "", seconds: float | None = None) -> None:
         session, losses = assembled.party.session, assembled.party.worker.losses
-        done = session.turns[: max(session.at, 0)]
-        steps, step = (sum(1 for t in turns if t.train) for turns in (session.turns, done))
+        step, steps = session.steps
         progress = Progress(
             job=assembled.job.job.name,
             state=state,
