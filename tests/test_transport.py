@@ -62,7 +62,15 @@ async def shout(peer: Peer, request: bytes) -> bytes:
 
 LOOP = asyncio.new_event_loop()
 """Of every client: gRPC holds on to an event loop that it has seen, and complains of a closed one."""
-atexit.register(LOOP.close)
+
+
+@atexit.register
+def close_loop() -> None:
+    left = asyncio.all_tasks(LOOP)
+    for task in left:
+        task.cancel()
+    LOOP.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+    LOOP.close()
 
 
 class Client:

@@ -365,7 +365,8 @@ def _gain(rows: Sequence[Sequence[float]]) -> str:
 
 
 def _costs(outcome: Outcome) -> Table:
-    table = _table("what one run costs a site", *(f"{m}: MFLOPs" for m in METHODS), "MB up", "down", "exchanges")
+    computed = (f"MFLOP {method}" if method == METHODS[0] else method for method in METHODS)
+    table = _table("what one run costs a site", *computed, "split: MB up", "MB down", "exchanges")
     for site in outcome.records:
         split = outcome.cost["split"][site]
         table.add_row(
