@@ -17,7 +17,7 @@ from partway.egress import Door
 from partway.errors import JobFailed, TrustError, UsageError
 from partway.ledger import Count, Ledger, verify
 from partway.plan.plan import Copy
-from partway.protocol.messages import Bye, Head, Letter, LetterKind, Post
+from partway.protocol.messages import Bye, Fail, Head, Letter, LetterKind, Post, Reason
 from partway.simulation import Federation
 from partway.transport.memory import Wire
 from partway.wire import frames
@@ -139,6 +139,7 @@ def test_with_a_full_disk_nothing_leaves(tmp_path: Path, room: int) -> None:
     door = Door("svi", ledger)
     with pytest.raises(JobFailed, match=r"ledger\.jsonl cannot be written .*, so nothing leaves"):
         door.say(Head("svi", "server"), Bye())
+    assert door.say(Head("svi", "server"), Fail(Reason.FAULT))  # but the others must hear that this site stops
     ledger._file.close()  # type: ignore[union-attr]
     assert verify(tmp_path / "ledger.jsonl", by(IDENTITY)).lines == 1
 

@@ -6,6 +6,8 @@ import asyncio
 import copy
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from partway.equality import pooled_loop
 from partway.errors import JobFailed, PartwayError, Refused, TrustError, UsageError
 from partway.ledger import verify
 from partway.local import SERVER, LocalFederation, Ran, toml
-from partway.protocol.messages import ANYBODY, Greet, Head
+from partway.protocol.messages import ANYBODY, Bye, Greet, Head
 from partway.transport.grpc import ClientLink, Credentials, call
 from partway.wire import frames
 
@@ -258,7 +260,7 @@ def credentials(running: LocalFederation, party: str) -> Credentials:
 def test_a_certificate_of_the_wrong_role(federation: LocalFederation) -> None:
     with pytest.raises(TrustError, match="svi is a site; only operators"):
         call(federation.address, credentials(federation, "svi"), "list", b"", 10)
-    with pytest.raises(TrustError, match="study-office is a operator; only sites open a stream"):
+    with pytest.raises(TrustError, match="study-office is an operator; only sites open a stream"):
         asyncio.run(greet(federation, "study-office", "study-office"))
 
 
@@ -282,6 +284,8 @@ def test_another_version_of_partway(records: dict[str, Path], tmp_path: Path) ->
         running.start_server()
         with pytest.raises(UsageError, match=r"svi runs Partway 9\.9, server 0\.1\.0: install the same version"):
             asyncio.run(greet(running, "svi", "svi"))
+        with pytest.raises(PartwayError, match="svi: has not greeted"):
+            asyncio.run(greet(running, "svi", "svi", message=Bye()))
         with pytest.raises(PartwayError, match="svi: speaks for other"):
             asyncio.run(greet(running, "svi", "other"))
         with pytest.raises(PartwayError, match="no frame"):
@@ -402,6 +406,42 @@ def test_the_server_is_told_to_stop(three: tuple[LocalFederation, str]) -> None:
     for site in running.sites:
         assert running.processes[site].popen.wait(10) == 1
         assert "STOPPED" in running.processes[site].said["message"]
+    nothing_half_written(running)
+
+
+def fill_the_disk(running: LocalFederation, party: str) -> None:
+    """From now on, none of this party's files can become longer than they are."""
+    longest = max(path.stat().st_size for path in (running.folder / party / "runs").rglob("*") if path.is_file())
+    resource.prlimit(running.processes[party].pid, resource.RLIMIT_FSIZE, (longest, longest))
+
+
+def test_a_site_s_disk_is_full(three: tuple[LocalFederation, str]) -> None:
+    running, number = three
+    fill_the_disk(running, "svhc")
+    assert ended(running, number)["message"] == "svhc gave up: FAULT; its own log has the words"
+    process = running.processes["svhc"]
+    assert process.popen.wait(20) == 1
+    assert re.search(
+        r"^partway: .*ledger\.jsonl cannot be written \(.*\), so nothing leaves$", process.errors[-1].strip()
+    )
+    assert not any("Traceback" in error for error in process.errors)
+    for site in ("svi", "stmw"):
+        running.wait_for_state(site, "failed")
+    nothing_half_written(running)
+
+
+def test_the_server_s_disk_is_full(three: tuple[LocalFederation, str]) -> None:
+    running, number = three
+    fill_the_disk(running, SERVER)
+    status = ended(running, number)
+    assert status["state"] == "failed"
+    assert "ledger.jsonl cannot be written" in status["message"]
+    for site in running.sites:
+        running.wait_for_state(site, "failed")
+        assert running.processes[site].said["message"] == "server gave up: FAULT; its own log has the words"
+    resource.prlimit(running.processes[SERVER].pid, resource.RLIMIT_FSIZE, (100, 100))
+    with pytest.raises(PartwayError, match=r"cannot keep the job: .*job\.signed cannot be written"):
+        running.submit(running.sign(job()))
     nothing_half_written(running)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from partway.errors import JobFailed
 from partway.ledger import Count, Edge, Ledger
 from partway.plan.plan import Turn
-from partway.protocol.messages import Head, Letter, Message, Post
+from partway.protocol.messages import Fail, Head, Letter, Message, Post
 from partway.protocol.net import Net
 from partway.shapes import Shapes
 from partway.wire import frames
@@ -46,7 +46,11 @@ class Door:
 
     def say(self, head: Head, message: Message) -> bytes:
         """A control message's frame: enums, integers and digests, no tensors."""
-        self.ledger.line("message", what=type(message).__name__, to=head.to)
+        try:
+            self.ledger.line("message", what=type(message).__name__, to=head.to)
+        except JobFailed:
+            if not isinstance(message, Fail):  # that, an enum, the others must hear, or they wait for ever
+                raise
         return frames.encode(head, message)
 
     def send(self, head: Head, letter: Letter, tensors: Mapping[str, Tensor]) -> bytes:

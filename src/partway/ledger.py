@@ -55,6 +55,7 @@ class Ledger:
 
     Raises:
         UsageError: the file exists; a ledger is never written again.
+        JobFailed: it cannot be made.
     """
 
     def __init__(self, path: Path | None, key: bytes, sign: Callable[[bytes], bytes]) -> None:
@@ -70,6 +71,8 @@ class Ledger:
             self._file = path.open("xb", buffering=0) if path else None
         except FileExistsError:
             raise UsageError(f"{path} exists: this job has run here before; sign it again to run it again") from None
+        except OSError as error:
+            raise JobFailed(f"{path} cannot be made ({error.strerror}), so nothing leaves") from None
 
     def line(self, kind: str, **words: Any) -> None:
         """Appends one line. Raises `JobFailed` if the disk does not take it: then nothing may leave."""

@@ -49,6 +49,9 @@ class Role(Enum):
     OPERATOR = "operator"
     """Signs, submits, stops and downloads jobs."""
 
+    def __str__(self) -> str:
+        return f"an {self.value}" if self is Role.OPERATOR else f"a {self.value}"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -260,7 +263,7 @@ class OpenedJob:
 def sign_job(identity: Identity, toml: bytes) -> bytes:
     """The job's words with the operator's certificate and signature. Raises `TrustError` for another role."""
     if identity.subject.role is not Role.OPERATOR:
-        raise TrustError(f"{identity.name} is a {identity.subject.role.value}; only operators sign jobs")
+        raise TrustError(f"{identity.name} is {identity.subject.role}; only operators sign jobs")
     nonce = os.urandom(16)
     job = _SignedJob(toml, nonce, identity.certificate_pem, identity.sign(_digest(nonce, toml)))
     return msgspec.msgpack.encode(job)
@@ -274,7 +277,7 @@ def open_job(signed: bytes, authority_pem: bytes) -> OpenedJob:
         raise TrustError("this is no signed job; make one with `partway job sign`") from None
     operator = verify_certificate(job.certificate, authority_pem)
     if operator.role is not Role.OPERATOR:
-        raise TrustError(f"the job is signed by {operator.name}, a {operator.role.value}; only operators sign jobs")
+        raise TrustError(f"the job is signed by {operator.name}, {operator.role}; only operators sign jobs")
     digest = _digest(job.nonce, job.toml)
     if not signed_by(operator.key_der, job.signature, digest):
         raise TrustError(f"the job was altered after {operator.name} had signed it")

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from partway import __version__
 from partway.cost import Cost
+from partway.errors import JobFailed
 
 
 @dataclass
@@ -54,25 +55,26 @@ class Result:
     def write(self, folder: Path) -> list[Path]:
         """`result.json`, and the weights: `network.safetensors` if they are the whole, else `segments.safetensors`.
 
-        Each file is written whole or not at all.
+        Each file is written whole or not at all; raises `JobFailed` if the disk does not take it.
         """
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "result.json"]
         write_whole(files[0], json.dumps(self.words(), indent=2).encode())
         if self.weights:
             files.append(folder / ("network.safetensors" if self.whole else "segments.safetensors"))
-            beside = files[1].with_suffix(".part")
             contiguous = {name: tensor.contiguous() for name, tensor in self.weights.items()}
-            save_file(contiguous, beside, metadata={"job": json.dumps(self.job)})
-            beside.replace(files[1])
+            write_whole(files[1], save(contiguous, metadata={"job": json.dumps(self.job)}))
         return files
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """A file is there whole, or as it was before."""
+    """A file is there whole, or as it was before. Raises `JobFailed` if the disk does not take it."""
     beside = path.with_name(path.name + ".part")
-    beside.write_bytes(data)
-    beside.replace(path)
+    try:
+        beside.write_bytes(data)
+        beside.replace(path)
+    except OSError as error:
+        raise JobFailed(f"{path} cannot be written ({error.strerror})") from None
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def calls(coordinator: Coordinator) -> dict[str, Call]:
     def operator(peer: Peer) -> str:
         subject = pki.verify_certificate(peer.certificate, coordinator.identity.authority_pem)
         if subject.role is not pki.Role.OPERATOR:
-            words = f"{subject.name} is a {subject.role.value}; only operators submit, stop and download jobs"
+            words = f"{subject.name} is {subject.role}; only operators submit, stop and download jobs"
             raise TrustError(words)
         return subject.name
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -62,7 +63,7 @@ class Coordinator:
         self.identity = pki.Identity.load(home / self.settings.identity)
         subject = self.identity.subject
         if subject.role is not pki.Role.SERVER or subject.name != self.settings.name:
-            held = f"the certificate is that of {subject.name}, a {subject.role.value}"
+            held = f"the certificate is that of {subject.name}, {subject.role}"
             raise TrustError(f"{held}; the server file says {self.settings.name}")
         self.folder = home / self.settings.folder
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -81,9 +82,7 @@ class Coordinator:
         """A site has opened its stream."""
         subject = pki.verify_certificate(link.peer.certificate, self.identity.authority_pem)
         if subject.role is not pki.Role.SITE:
-            raise TrustError(f"{subject.name} is a {subject.role.value}; only sites open a stream")
-        if subject.name in self._links:
-            raise UsageError(f"{subject.name} is connected already; a site runs once")
+            raise TrustError(f"{subject.name} is {subject.role}; only sites open a stream")
         self._subjects[link] = subject
 
     def received(self, link: ServerLink, message: bytes) -> None:
@@ -93,7 +92,7 @@ class Coordinator:
             for frame in frames.split(message, name):
                 self._sort(link, name, frame)
         except PartwayError as error:
-            if self._running and name in self._running.job.roster:
+            if self._links.get(name) is link and self._running and name in self._running.job.roster:
                 self._running.inbox.put(error)
             link.close(error)
 
@@ -112,6 +111,8 @@ class Coordinator:
             raise PeerError(name, f"speaks for {head.sender}")
         if isinstance(frame.message, Greet):
             self._greet(link, name, frame.message)
+        elif self._links.get(name) is not link:
+            raise PeerError(name, "has not greeted")
         elif running is None or head.job != running.digest:
             pass  # the last frames of a job that has ended
         elif head.to == self.identity.name:
@@ -123,6 +124,9 @@ class Coordinator:
             raise PeerError(name, f"sent a message to {head.to}, who is not in the job")
 
     def _greet(self, link: ServerLink, name: str, greet: Greet) -> None:
+        if name in self._links:
+            link.close(UsageError(f"{name} is connected already; a site runs once"))
+            return
         if greet.version != __version__:
             words = f"{name} runs Partway {greet.version}, {self.identity.name} {__version__}: install the same version"
             link.close(UsageError(words))
@@ -146,8 +150,12 @@ class Coordinator:
         folder = self.folder / f"{job.job.name}-{number}"
         if folder.exists():
             raise UsageError(f"this job was submitted before, as {number}; sign it again to run it again")
-        folder.mkdir()
-        write_whole(folder / "job.signed", signed)
+        try:
+            folder.mkdir()
+            write_whole(folder / "job.signed", signed)
+        except (OSError, JobFailed) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise JobFailed(f"the server cannot keep the job: {error}") from None
         status = Status(number, job.job.name)
         submitted = Submitted(signed, job, submitter, opened.digest, folder, status)
         self.jobs[number] = submitted
@@ -167,7 +175,6 @@ class Coordinator:
             status = submitted.status
             try:
                 links = self._wait_for_sites(submitted)
-                self._running = submitted
                 self._run(submitted, links)
                 status.state, status.message = "done", f"the result is in {submitted.folder}"
             except PartwayError as error:
@@ -179,21 +186,28 @@ class Coordinator:
                 raise
             finally:
                 self._running = None
-                self._tell(submitted)
+                self._keep(submitted)
+                self._say(status)
 
-    def _tell(self, submitted: Submitted) -> None:
-        write_whole(submitted.folder / "status.json", json.dumps(asdict(submitted.status)).encode())
-        self._say(submitted.status)
+    def _keep(self, submitted: Submitted) -> None:
+        """How a job has ended, beside what it has left."""
+        status = submitted.status
+        try:
+            write_whole(submitted.folder / "status.json", json.dumps(asdict(status)).encode())
+        except JobFailed as error:
+            status.message += f"; {error}"
 
     def _wait_for_sites(self, submitted: Submitted) -> dict[str, ServerLink]:
+        """Its sites' links. From here on the job runs: what they send, and their loss, goes to its inbox."""
         status = submitted.status
         with self._changed:
             while not submitted.stopped:
                 status.waits_for = [site for site in submitted.job.sites if site not in self._links]
                 if not status.waits_for:
+                    self._running = submitted
                     return {site: self._links[site] for site in submitted.job.sites}
                 status.message = f"waits for {', '.join(status.waits_for)} to connect"
-                self._tell(submitted)
+                self._say(status)
                 self._changed.wait()
         raise JobFailed("stopped by its operator before it began")
 
@@ -219,7 +233,7 @@ class Coordinator:
         offer = Offer(submitted.signed, identity.certificate_pem)
         for site, link in links.items():
             link.send(frames.encode(Head(identity.name, site, submitted.digest), offer))
-        run = _Run(assembled, links, submitted, lambda: self._tell(submitted))
+        run = _Run(assembled, links, submitted, lambda: self._say(submitted.status))
         try:
             run.walk()
         except PartwayError as error:

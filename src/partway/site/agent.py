@@ -69,7 +69,7 @@ class Agent:
         self.identity = pki.Identity.load(home / self.settings.identity)
         subject = self.identity.subject
         if subject.role is not pki.Role.SITE or subject.name != self.settings.name:
-            held = f"the certificate is that of {subject.name}, a {subject.role.value}"
+            held = f"the certificate is that of {subject.name}, {subject.role}"
             raise TrustError(f"{held}; the site file says {self.settings.name}")
         self._secret = own_secret(home / self.settings.identity)
         thyroid.read(self._path, seed=0)
@@ -154,7 +154,7 @@ class Agent:
             name = job.job.name
             subject = pki.verify_certificate(offer.certificate, self.identity.authority_pem)
             if subject.role is not pki.Role.SERVER or subject.name != server:
-                raise TrustError(f"{server} showed the certificate of {subject.name}, a {subject.role.value}")
+                raise TrustError(f"{server} showed the certificate of {subject.name}, {subject.role}")
             if job.roster.get(self.identity.name) != self.identity.fingerprint:
                 words = f"{self.identity.name} is not in the job's roster with this key"
                 raise Refused(words, [Reason.ROSTER.name])
