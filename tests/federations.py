@@ -10,7 +10,7 @@ from torch import nn
 
 from partway.config import Job, read_job
 from partway.data.records import Records
-from partway.equality import pooled_loop
+from partway.equality import plain_run
 from partway.local import toml
 from partway.simulation import Federation, federation
 from partway.train.source import RecordSource
@@ -61,7 +61,7 @@ def pooled(whole: Federation, *, other_order: bool = False) -> tuple[nn.Module, 
         source = whole.parties[site].party.worker.source
         assert isinstance(source, RecordSource)
         records[site] = source.records
-    return pooled_loop(whole.job, whole.digest, whole.secrets, records, other_order=other_order)
+    return plain_run(whole.job, whole.digest, whole.secrets, records, other_order=other_order)
 
 
 def difference(whole: Federation, network: nn.Module) -> float:
@@ -71,7 +71,7 @@ def difference(whole: Federation, network: nn.Module) -> float:
         float((tensor - state[name]).abs().max())
         for assembled in whole.parties.values()
         for copy_, segment in assembled.party.worker.segments.items()
-        if not copy_.segment.endswith(("_here", "_there"))
+        if not copy_.segment.endswith(("_here", "_there", "local_head"))
         for name, tensor in segment.tensors().items()
     )
 

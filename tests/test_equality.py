@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from federations import SIZES, bits, difference, job_of, pooled, small
 from partway.config import read_job
 from partway.data import thyroid
 from partway.data.records import deviation_of, mean_of, moments, squares
+from partway.protocol.messages import LetterKind
 from partway.simulation import Federation, federation
 from partway.train.source import RecordSource
 from partway.transport.memory import Wire
@@ -35,6 +38,63 @@ def test_equals_the_pooled_loop_over_200_steps(configuration: str, optimizer: st
     assert max(abs(a - b) for a, b in zip(told, losses, strict=True)) < 1e-10
 
 
+HALF = {"rounds": 2, "local_epochs": 3, "batch": 8, "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}
+
+
+@pytest.mark.parametrize("local_head", ["linear", "hidden"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("synchronous_epochs", [0, 3])
+def test_half_trained_equals_its_phases_in_plain_pytorch(
+    optimizer: str, local_head: str, synchronous_epochs: int
+) -> None:
+    half = {**HALF, "local_head": local_head, "synchronous_epochs": synchronous_epochs}
+    job = half_job(half, epochs=20, optimizer=OPTIMIZERS[optimizer])
+    whole = small(job)
+    whole.run()
+    network, losses = pooled(whole)
+    assert difference(whole, network) < 1e-10
+    told = whole.parties["server"].party.worker.losses
+    assert len(told) == len(losses) >= 120
+    assert max(abs(float(a) - b) for a, b in zip(told, losses, strict=True)) < 1e-10
+    other, _ = pooled(whole, other_order=True)
+    assert difference(whole, other) > 1e-4
+
+
+def half_job(half, sections=None, **training):
+    return job_of(sections, schedule="half_trained", half_trained={**HALF, **half}, **training)
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "half_trained"])
+def test_training_stops_early_and_keeps_the_best(schedule: str) -> None:
+    training = {"schedule": schedule, "epochs": 60, "optimizer": OPTIMIZERS["adam"], "half_trained": HALF}
+    every = {"evaluation": {"every": 1}}
+    whole = small(job_of(every, patience=4, **training))
+    whole.run()
+    network, losses = pooled(whole)
+    assert len(losses) < 60 * 6  # it did stop
+    assert difference(whole, network) < 1e-10
+    assert len(whole.parties["server"].party.worker.losses) == len(losses)
+    patient = small(job_of(every, **training))
+    patient.run()
+    network, losses = pooled(patient)
+    assert len(losses) == 60 * 6
+    assert difference(patient, network) < 1e-10
+    last = small(job_of(every, keep="last", **training))
+    last.run()
+    assert difference(last, network) > 1e-4
+
+
+def test_no_gradient_of_the_server_reaches_a_bottom() -> None:
+    def gradients(half):
+        whole = small(half_job(half))
+        nets = whole.parties["a"].party.session
+        whole.run()
+        return {r.receiver for n in nets.nets for p, r in n.letters.items() if p.kind is LetterKind.GRADIENT}
+
+    assert gradients({}) == set()
+    assert gradients({"synchronous_epochs": 1}) == set(SIZES)
+
+
 def losses_of(whole: Federation) -> list[float]:
     """The loss of each step: at the server, or in a U-shape the sum of what the sites with records in it have."""
     parts = {name: iter(a.party.worker.losses) for name, a in whole.parties.items() if a.party.worker.losses}
@@ -42,17 +102,24 @@ def losses_of(whole: Federation) -> list[float]:
     return [float(sum(next(part) for name, part in parts.items() if rows.get(name, 1))) for rows in steps]
 
 
-@configurations
-def test_the_bits_do_not_depend_on_delivery(configuration: str) -> None:
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"configuration": "vanilla"},
+        {"configuration": "u_shaped"},
+        {"schedule": "half_trained", "half_trained": {**HALF, "synchronous_epochs": 2}, "patience": 1},
+    ],
+)
+def test_the_bits_do_not_depend_on_delivery(training: dict[str, Any]) -> None:
     sections = {"evaluation": {"every": 1, "site_scores": True}, "result": {"bottom": "everyone", "trunk": "everyone"}}
-    job = job_of(sections, configuration=configuration)
+    job = job_of(sections, **training)
     quiet = small(job)
     quiet.run()
     for seed in range(10):
         whole = small(job)
         whole.run(Wire(seed))
         assert bits(whole) == bits(quiet)
-    other = small(job_of(sections, configuration=configuration, batch=17))
+    other = small(job_of(sections, batch=17, **training))
     other.run()
     assert bits(other) != bits(quiet)
 

@@ -26,7 +26,7 @@ from partway.assembly import network_of
 from partway.config import Policy, read_job
 from partway.data import thyroid
 from partway.data.records import deviation_of, mean_of, moments, squares
-from partway.equality import pooled_loop
+from partway.equality import plain_run
 from partway.errors import JobFailed, PartwayError, Refused, TrustError, UsageError
 from partway.ledger import verify
 from partway.local import SERVER, LocalFederation, Ran, toml
@@ -71,7 +71,7 @@ def pooled(running: LocalFederation, ran: Ran, *, other_order: bool = False) -> 
     parsed = read_job(running_job(ran))
     secrets = {party: running.secret(party) for party in (SERVER, *parsed.sites)}
     records = thyroid.bundled(parsed.job.seed)
-    network, _ = pooled_loop(parsed, ran.digest, secrets, records, other_order=other_order)
+    network, _ = plain_run(parsed, ran.digest, secrets, records, other_order=other_order)
     return network.state_dict()
 
 
@@ -84,7 +84,7 @@ def running_job(ran: Ran) -> bytes:
 
 @pytest.mark.parametrize("optimizer", [ADAM, MOMENTUM], ids=["adam", "momentum"])
 @pytest.mark.parametrize("configuration", ["vanilla", "u_shaped"])
-def test_equals_the_pooled_loop(federation: LocalFederation, configuration: str, optimizer: dict) -> None:
+def test_equals_the_plain_run(federation: LocalFederation, configuration: str, optimizer: dict) -> None:
     """200 steps in float64 over TLS, blind sums on, on all five sites' records; every party's own file is compared."""
     network = {**NETWORK, "cut": ["hidden.2", "hidden.7"]} if configuration == "u_shaped" else NETWORK
     training = {"configuration": configuration, "optimizer": optimizer, "epochs": 10, "dtype": "float64"}

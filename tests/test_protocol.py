@@ -14,7 +14,7 @@ import pytest
 from partway.errors import PeerError
 from partway.plan.configurations import chain, u_shaped, vanilla
 from partway.plan.plan import Copy, Edge, Plan, Segment, Turn
-from partway.plan.schedules import Schedule, Settings, synchronous
+from partway.plan.schedules import Schedule, Settings, half_trained, synchronous
 from partway.protocol.messages import (
     Bye,
     Counts,
@@ -40,6 +40,7 @@ RECORDS = {"a": Counts(13, 2, 3), "b": Counts(1, 0, 2), "c": Counts(6, 3, 0)}
 EVERYTHING = Settings(
     epochs=2, batch=7, standardise=True, validate_every=1, test=True, site_scores=True, bottom_to_everyone=True
 )
+HALF = replace(EVERYTHING, rounds=2, local_epochs=1, local_batch=5, synchronous_epochs=1, keep_best=True)
 
 
 def relay_of_labels() -> tuple[Plan, Schedule]:
@@ -59,6 +60,8 @@ def relay_of_labels() -> tuple[Plan, Schedule]:
 CASES = {
     "vanilla": lambda: synchronous(vanilla(SITES), EVERYTHING),
     "u_shaped": lambda: synchronous(u_shaped(SITES), EVERYTHING),
+    "judged": lambda: synchronous(vanilla(SITES), replace(EVERYTHING, keep_best=True)),
+    "half_trained": lambda: half_trained(vanilla(SITES), HALF),
     "relay": relay_of_labels,
 }
 cases = pytest.mark.parametrize("case", CASES)
@@ -83,7 +86,9 @@ class Said:
 class Players:
     """A session for each party, and workers that do at once what they may."""
 
-    def __init__(self, plan: Plan, schedule: Schedule) -> None:
+    def __init__(self, plan: Plan, schedule: Schedule, stop: int = -1) -> None:
+        self.stop = stop
+        """The turn whose judge says stop."""
         self.sessions = {p: Session(p, plan, schedule, JOB, hello_of(p), accept) for p in plan.parties}
         self.held: dict[str, list[Said]] = {p: [] for p in plan.parties}
         self.done: list[tuple[str, int, Task]] = []
@@ -132,7 +137,8 @@ class Players:
                 out.append(Said(session.head(effect.to), effect.message))
             elif isinstance(effect, Do):
                 self.done.append((party, effect.turn, effect.task))
-                todo += session.did(effect.task)
+                verdict = effect.task.kind in ("judge", "heed") and effect.turn == self.stop
+                todo += session.did(effect.task, verdict)
             elif isinstance(effect, Derive):
                 todo += session.ready(b"", b"")
         self.said += out
@@ -157,6 +163,30 @@ def test_every_delivery_order_ends_and_does_every_task_once(case: str) -> None:
         assert not any(players.held.values())
         assert len(players.done) == len(expected)
         assert set(players.done) == expected
+
+
+@pytest.mark.parametrize("case", ["judged", "half_trained"])
+def test_after_a_stop_nobody_does_a_turn_before_the_one_to_go_on_from(case: str) -> None:
+    plan, schedule = CASES[case]()
+    turns = schedule({site: msgspec.structs.asdict(counts) for site, counts in RECORDS.items()})
+    looks = [n for n, turn in enumerate(turns) if turn.judge and n + 1 < turn.judge.to]
+    assert looks
+    for stop in looks:
+        judge = turns[stop].judge
+        skipped = range(stop + 1, judge.to)
+        expected = {
+            (w.at, n, t)
+            for n, turn in enumerate(turns)
+            if n not in skipped
+            for t, w in compile(plan, turn).tasks.items()
+        }
+        for seed in range(20):
+            players = Players(plan, schedule, stop)
+            players.deliver(seed)
+            assert players.states == {State.ENDED}
+            assert not any(players.held.values())
+            assert len(players.done) == len(expected)
+            assert set(players.done) == expected
 
 
 @cases
@@ -301,8 +331,12 @@ def may_come_first(plan: Plan, turn: Turn, me: str, sender: str, post: Post) -> 
     if kind is LetterKind.EQUAL:
         pairs = [(a, b) for n in turn.equal for a, b in itertools.permutations(plan.copies(n), 2)]
         return (source, target) in pairs and (plan.place(source), plan.place(target)) == (sender, me)
+    if kind is LetterKind.VERDICT:
+        holders = {plan.place(c) for name in turn.judge.keeps for c in plan.copies(name)} if turn.judge else set()
+        return me in holders and turn.judge.at == sender and (source, target) == (Copy(sender), Copy(me))
     if kind is LetterKind.ACCOUNT:
-        return turn.account and me == plan.hub and (source, target) == (Copy(sender), Copy(me)) and sender != me
+        told = sender in turn.account and not turn.sums  # the head is told after the sender's part, and a sum is mine
+        return told and me == plan.hub and (source, target) == (Copy(sender), Copy(me))
     return False
 
 
@@ -311,7 +345,9 @@ def test_first_letters_are_judged_as_by_a_second_reading_of_the_plan(case: str) 
     plan, schedule = CASES[case]()
     turns = schedule({site: msgspec.structs.asdict(counts) for site, counts in RECORDS.items()})
     legal = seen = 0
-    for turn in {(t.flow, t.sums, len(t.gives), t.equal, len(t.rows)): t for t in turns}.values():
+    for turn in {
+        (t.flow, t.sums, len(t.gives), t.equal, len(t.rows), bool(t.judge), t.account): t for t in turns
+    }.values():
         net = compile(plan, turn)
         things = {x for post in net.letters for x in (post.source, post.target)}
         things |= {c for s in plan.segments for c in plan.copies(s.name)} | {Copy("nobody"), Copy("")}

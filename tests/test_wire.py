@@ -79,12 +79,24 @@ def test_every_tensor_begins_at_a_multiple_of_64() -> None:
 
 
 def test_kinds_and_reasons_keep_their_numbers() -> None:
-    kinds = ("ACTIVATIONS", "LABELS", "SCORES", "GRADIENT", "SHARE", "SUM", "STATE", "EQUAL", "ACCOUNT", "TICK")
+    kinds = (
+        "ACTIVATIONS",
+        "LABELS",
+        "SCORES",
+        "GRADIENT",
+        "SHARE",
+        "SUM",
+        "STATE",
+        "EQUAL",
+        "ACCOUNT",
+        "TICK",
+        "VERDICT",
+    )
     assert [(k.name, int(k)) for k in LetterKind] == [(name, n) for n, name in enumerate(kinds, 1)]
     of_a_party = ("STOPPED", "PEER", "LOST", "DATA", "FAULT")
     of_a_policy = (
         *("OPERATOR", "NETWORK", "NETWORK_SIZE", "ROSTER", "LABELS", "WIDTH", "EPOCHS"),
-        *("SITES", "RECORDS", "SCORES", "CLEAR_SUM", "RESULT", "BATCHNORM", "EVALUATION", "REPEATED"),
+        *("SITES", "RECORDS", "SCORES", "CLEAR_SUM", "RESULT", "BATCHNORM", "EVALUATION", "REPEATED", "RELEASES"),
     )
     expected = [*enumerate(of_a_party, 1), *enumerate(of_a_policy, 10)]
     assert [(int(r), r.name) for r in Reason] == expected

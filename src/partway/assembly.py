@@ -17,12 +17,23 @@ from partway.egress import Door, Tap
 from partway.errors import ConfigError
 from partway.ledger import Ledger
 from partway.model.cut import cut
+from partway.model.head import local_head
 from partway.model.recipe import build
 from partway.model.segment import Segment, has_batchnorm, initialise
 from partway.party import Identity, Party
 from partway.plan.configurations import CONFIGURATIONS
-from partway.plan.plan import Plan, Sizes, Turn
-from partway.plan.schedules import SCHEDULES, Schedule, Settings, original
+from partway.plan.plan import Optimizing, Plan, Sizes, Turn
+from partway.plan.schedules import (
+    HELD,
+    LOCAL_HEAD,
+    SCHEDULES,
+    SHELF,
+    Schedule,
+    Settings,
+    at_sites,
+    central,
+    original,
+)
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
 from partway.protocol.messages import Reason
 from partway.report import Result, machine
@@ -31,7 +42,8 @@ from partway.train import metrics
 from partway.train.baselines import OptimizerOf
 from partway.train.draws import derived, first_weights, forward_seed
 from partway.train.metrics import Scores
-from partway.train.source import RecordSource
+from partway.train.source import RecordSource, Shelf
+from partway.train.stopping import Best
 from partway.train.tallies import FIGURES, Evaluation, Moments, Squares, read_figures
 from partway.train.worker import Worker
 
@@ -48,16 +60,22 @@ def schema_of(job: Job) -> Schema:
 def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
     """The plan with all its flows, and the schedule: what every party derives from the signed job alone."""
     training, evaluation = job.training, job.evaluation
+    half_trained = training.schedule == "half_trained"
     settings = Settings(
         seed=job.job.seed,
         epochs=training.epochs,
         batch=training.batch,
         standardise=job.records.schema != "dataset",
-        validate_every=evaluation.every if evaluation.trunk_travels else 0,
+        validate_every=evaluation.every if evaluation.trunk_travels or half_trained else 0,
+        keep_best=training.keep == "best",
         test=evaluation.trunk_travels,
         site_scores=evaluation.site_scores,
         bottom_to_everyone=job.result.bottom == "everyone",
         trunk_to_everyone=job.result.trunk == "everyone",
+        rounds=training.half_trained.rounds,
+        local_epochs=training.half_trained.local_epochs,
+        local_batch=training.half_trained.batch,
+        synchronous_epochs=training.half_trained.synchronous_epochs,
     )
     plan = CONFIGURATIONS[training.configuration](job.sites, server)
     return SCHEDULES[training.schedule](plan, settings)
@@ -76,13 +94,18 @@ def optimizer_of(settings: Optimizer) -> OptimizerOf:
     return make
 
 
+def optimizers_of(job: Job) -> dict[Optimizing, OptimizerOf]:
+    """By the name that a turn gives it."""
+    return {"main": optimizer_of(job.training.optimizer), "local": optimizer_of(job.training.half_trained.optimizer)}
+
+
 @dataclass(frozen=True)
 class Network:
     """A job's network, cut."""
 
     whole: nn.Module
     modules: dict[str, nn.Sequential]
-    """By segment; they share the whole's weights."""
+    """By segment; they share the whole's weights. A local head stands beside it."""
     pieces: dict[str, Piece]
     """What each is and costs."""
 
@@ -119,7 +142,13 @@ def network_of(job: Job, policy: Policy, schema: Schema) -> Network:
     modules = dict(zip(names, parts, strict=True))
     pieces, tensor = {}, example[:1]
     for number, (name, module) in enumerate(modules.items()):
-        pieces[name], tensor = measure(module, tensor, first=number == 0)
+        pieces[name], output = measure(module, tensor, first=number == 0)
+        if job.training.schedule == "half_trained" and number == 0:
+            head = local_head(output.shape[1:], schema.classes, job.training.half_trained.local_head == "hidden")
+            pieces[LOCAL_HEAD], _ = measure(head.to(output.dtype), output, first=False)
+        tensor = output
+    if LOCAL_HEAD in pieces:
+        modules[LOCAL_HEAD] = head
     return Network(whole, modules, pieces)
 
 
@@ -154,6 +183,10 @@ class Place:
     """Where the ledger goes; None keeps none."""
     device: str = "auto"
     tap: Tap | None = None
+    released: int = 0
+    """How often its records were handed over to be kept, in jobs before this one."""
+    on_release: Callable[[], None] | None = None
+    """Called before they are in this one."""
 
 
 @dataclass(kw_only=True)
@@ -165,7 +198,8 @@ class Assembled:
     plan: Plan
     network: Network
     ledger: Ledger
-    evaluation: Evaluation | None
+    evaluation: Evaluation
+    """What this party has counted, or heard of counts: at a site over its own records, else over what was released."""
 
 
 def assemble(
@@ -206,18 +240,21 @@ def assemble(
         place.folder / "ledger.jsonl" if place.folder else None, derived(secret, "ledger"), place.identity.sign
     )
     ledger.line("job", name=job.job.name, digest=digest.hex(), party=me, operator=operator, roster=job.roster)
-    door = Door(me, ledger, place.tap)
-    source = evaluation = None
+    door = Door(me, ledger, place.tap, place.on_release)
+    source, evaluation = None, Evaluation(schema.classes)
     if place.records is not None:
-        source, evaluation = RecordSource(place.records, secret, digest, dtype, device), Evaluation(schema.classes)
+        source = RecordSource(place.records, secret, digest, dtype, device)
+    rule = Best(job.training.patience)
     worker = Worker(
         plan,
         shapes,
         segments,
-        optimizer=optimizer_of(job.training.optimizer),
+        optimizers=optimizers_of(job),
         source=source,
+        stores={c.segment: Shelf(job.sites, secret, digest) for c in plan.placed(me, "store") if c.segment == SHELF},
         tallies=_tallies(source, evaluation),
-        reports={"scores": evaluation.report_all, "own_scores": evaluation.report_own} if evaluation else None,
+        judges=dict.fromkeys(("scores", HELD), lambda: rule.look(evaluation.all[-1][2])),
+        reports={"scores": evaluation.report_all, "own_scores": evaluation.report_own},
         account=door.account,
         draws=lambda turn, m, copy: forward_seed(secret, digest, turn, m, copy),
         device=device,
@@ -225,7 +262,7 @@ def assemble(
 
     def judge(turns: Sequence[Turn], sizes: Sizes) -> None:
         groups = judge_groups(policy, plan, turns, sizes, network.inputs, job.job.seed)
-        refuse(me, [*judge_turns(policy, me, shapes, turns), *groups])
+        refuse(me, [*judge_turns(policy, me, shapes, turns, place.released), *groups])
 
     party = Party(
         place.identity,
@@ -243,11 +280,9 @@ def assemble(
     return Assembled(party=party, job=job, plan=plan, network=network, ledger=ledger, evaluation=evaluation)
 
 
-def _tallies(
-    source: RecordSource | None, evaluation: Evaluation | None
-) -> dict[str, Moments | Squares | Evaluation] | None:
-    if source is None or evaluation is None:
-        return None
+def _tallies(source: RecordSource | None, evaluation: Evaluation) -> dict[str, Moments | Squares | Evaluation]:
+    if source is None:
+        return {HELD: evaluation}
     moments = Moments(source)
     return {"sums": moments, "squares": Squares(source, moments), "scores": evaluation}
 
@@ -272,10 +307,10 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
     worker, me = party.worker, party.me
     told = [(turn, site, read_figures(row)) for turn, site, row in worker.board]
     seen: list[tuple[str, int, Scores]] = [(t.records, t.epoch, s) for t, _, s in told if t.flow == "report"]
+    seen += evaluation.all
     sites = {site: s for turn, site, s in told if turn.flow == "report_own"}
-    if evaluation is not None:
-        seen = list(evaluation.all)
-        sites = {me: evaluation.own["test"]} if "test" in evaluation.own else {}
+    if "test" in evaluation.own:
+        sites[me] = evaluation.own["test"]
     weights = weights_of(assembled)
     return Result(
         job=msgspec.to_builtins(job),
@@ -307,8 +342,7 @@ def weights_of(assembled: Assembled) -> dict[str, Tensor]:
 
 def _holders(job: Job, plan: Plan) -> dict[str, list[str]]:
     """Who holds which segments at the end, by the job's `[result]`."""
-    nets = [s for s in plan.segments if s.kind == "net" and s.name == original(s.name)]
-    at_sites, central = ([s.name for s in nets if s.laned is laned] for laned in (True, False))
-    sites = at_sites + (central if job.result.trunk == "everyone" else [])
-    hub = central + (at_sites if job.result.bottom == "everyone" else [])
-    return {**dict.fromkeys(plan.sites, sites), plan.hub: hub}
+    sites, hub = list(at_sites(plan)), list(central(plan))
+    at_site = sites + (hub if job.result.trunk == "everyone" else [])
+    at_hub = hub + (sites if job.result.bottom == "everyone" else [])
+    return {**dict.fromkeys(plan.sites, at_site), plan.hub: at_hub}

@@ -70,15 +70,38 @@ class Optimizer(Settings, frozen=True, kw_only=True):
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
 
 
+class HalfTrained(Settings, frozen=True, kw_only=True):
+    """`half_trained` of `[training]`: what the sites do before the server's own epochs, and after them."""
+
+    rounds: Positive = 3
+    """How often the sites' weights are averaged, blindly and by records."""
+    local_epochs: Positive = 10
+    """In each round, at every site by itself."""
+    batch: Positive = 64
+    """Records of one site in a step."""
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(name="sgd", lr=0.03, momentum=0.9))
+    """Of the local epochs; it begins anew in each round."""
+    local_head: Literal["linear", "hidden"] = "linear"
+    """What stands behind the bottom in local epochs; `hidden` has one layer of 64 more."""
+    synchronous_epochs: Count = 0
+    """Epochs of `synchronous` afterwards, in which gradients reach the bottoms again."""
+
+
 class Training(Settings, frozen=True, kw_only=True):
     """`[training]`"""
 
     configuration: Literal["vanilla", "u_shaped"] = "vanilla"
-    schedule: Literal["synchronous"] = "synchronous"
+    schedule: Literal["synchronous", "half_trained"] = "synchronous"
     epochs: Positive = 20
+    """Of training together; of `half_trained` the server's, over what was released."""
     batch: Positive = 256
     """Records in a union batch, over all sites."""
     optimizer: Optimizer = field(default_factory=Optimizer)
+    keep: Literal["best", "last"] = "best"
+    """Weights of the best evaluation on the validation records, or of the last epoch."""
+    patience: Count = 0
+    """Evaluations without a better one after which training stops; 0 for never."""
+    half_trained: HalfTrained = field(default_factory=HalfTrained)
     dtype: Literal["float32", "float64"] = "float32"
     threads: Annotated[int, Meta(ge=1, le=256)] = 1
     """Of torch, at every party: part of what "the same bits" means."""
@@ -126,6 +149,14 @@ class Job(Settings, frozen=True, kw_only=True):
     def sites(self) -> tuple[str, ...]:
         return tuple(sorted(self.roster))
 
+    @property
+    def epochs_at_sites(self) -> int:
+        """How often a site's training records are gone through at the site."""
+        half = self.training.half_trained
+        if self.training.schedule == "half_trained":
+            return half.rounds * half.local_epochs + half.synchronous_epochs
+        return self.training.epochs
+
 
 class Policy(Settings, frozen=True, kw_only=True):
     """`[policy]`: what this party allows. The defaults allow no more than training needs."""
@@ -147,6 +178,9 @@ class Policy(Settings, frozen=True, kw_only=True):
     widest_cut: Positive = 64
     """Numbers a record that may leave across a cut."""
     most_epochs: Positive = 100
+    """At this site."""
+    most_releases: Positive = 1
+    """Times that a record's activations may be handed over to be kept, over all jobs (`half_trained`)."""
     most_parameters: Positive = 10_000_000
     """Of the whole network."""
     most_flops: Annotated[int, Meta(ge=1, lt=2**53)] = 10**10
@@ -223,6 +257,13 @@ def read_job(text: str | bytes, where: str = "the job") -> Job:
         raise ConfigError(
             f"{where}: {job.training.configuration} needs {cuts} cut(s), [network] cut names {len(job.network.cut)}"
         )
+    if job.training.schedule == "half_trained" and job.training.configuration != "vanilla":
+        raise ConfigError(
+            f"{where}: half_trained needs configuration = `vanilla`, for the server trains by the labels; "
+            "labels stay at the sites with schedule = `synchronous` and configuration = `u_shaped`"
+        )
+    if job.training.patience and job.training.keep != "best":
+        raise ConfigError(f"{where}: [training] patience needs keep = `best`")
     if job.evaluation.site_scores and not job.evaluation.trunk_travels:
         raise ConfigError(
             f"{where}: [evaluation] site_scores needs trunk_travels = true, for scores are made at the sites"

@@ -25,7 +25,7 @@ from partway.attack.view import View
 from partway.config import Job, Policy, read_job
 from partway.cost import Cost
 from partway.data import thyroid
-from partway.equality import pooled_loop
+from partway.equality import plain_run
 from partway.errors import UsageError
 from partway.local import SERVER, LocalFederation, Ran, toml
 from partway.picture import draw
@@ -237,7 +237,7 @@ def _equality(outcome: Outcome, running: LocalFederation, ran: Ran) -> None:
     told = ran.result(SERVER)["losses"]
 
     def apart(other_order: bool) -> tuple[float, float]:
-        network, losses = pooled_loop(job, ran.digest, secrets, thyroid.bundled(0), other_order=other_order)
+        network, losses = plain_run(job, ran.digest, secrets, thyroid.bundled(0), other_order=other_order)
         state = network.state_dict()
         weights = max(float((t - state[name]).abs().max()) for tensors in held for name, t in tensors.items())
         return weights, max(abs(a - b) for a, b in zip(told, losses, strict=True))

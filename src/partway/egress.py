@@ -15,6 +15,7 @@ from torch import Tensor
 from partway.errors import JobFailed
 from partway.ledger import Count, Edge, Ledger
 from partway.plan.plan import Turn
+from partway.policy import releases
 from partway.protocol.messages import Fail, Head, Letter, Message, Post
 from partway.protocol.net import Net
 from partway.shapes import Shapes
@@ -28,10 +29,17 @@ Seal = Callable[[str, bytes, bytes], bytes]
 
 
 class Door:
-    """One party's way out, in one job."""
+    """One party's way out, in one job.
 
-    def __init__(self, me: str, ledger: Ledger, tap: Tap | None = None) -> None:
-        self.me, self.ledger, self._tap = me, ledger, tap
+    Args:
+        tap: sees every plaintext that leaves.
+        on_release: called once, before the first activations leave that are to be kept.
+    """
+
+    def __init__(
+        self, me: str, ledger: Ledger, tap: Tap | None = None, on_release: Callable[[], None] | None = None
+    ) -> None:
+        self.me, self.ledger, self._tap, self._on_release = me, ledger, tap, on_release
         self.bytes_up = 0
         self._shapes: Shapes | None = None
         self._seal: Seal | None = None
@@ -71,6 +79,9 @@ class Door:
         if due.plain and self._shapes.sealed(self.me, head.to):
             tensors = {"sealed": self._sealed(head, letter, tensors)}
         frame = frames.encode(head, letter, tensors)
+        if self._on_release is not None and releases(self._shapes.plan, turn):
+            self._on_release()
+            self._on_release = None
         if due.nbytes:
             self.ledger.left(edge(post, head.to), due.nbytes, frame)
             self.bytes_up += due.nbytes
@@ -97,7 +108,9 @@ class Door:
         """A new range: the turns of one epoch, or those after an account of it was given."""
         assert self._shapes is not None
         last, turns = first, self._turns
-        while last + 1 < len(turns) and turns[last + 1].epoch == turns[first].epoch and not turns[last + 1].account:
+        while last + 1 < len(turns) and turns[last + 1].epoch == turns[first].epoch:
+            if self.me in turns[last + 1].account:
+                break
             last += 1
         most: dict[Edge, Count] = {}
         for number in range(first, last + 1):

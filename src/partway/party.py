@@ -210,8 +210,8 @@ class Party:
                     yield from out.items()
                     out = {}
                 self._begin(effect.turn)
-                self.worker.do(effect.task)
-                todo += self.session.did(effect.task)
+                stop = self.worker.do(effect.task)
+                todo += self.session.did(effect.task, stop)
             elif isinstance(effect, Derive):
                 todo += self._derive()
             else:

@@ -6,6 +6,7 @@ turn that follows from it and from the sites' sizes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -38,8 +39,8 @@ def judge_job(policy: Policy, me: str, job: Job, operator: str) -> Iterator[Obje
         yield Objection(Reason.OPERATOR, f"operator {operator} is not in [policy] operators")
     if build not in policy.networks:
         yield Objection(Reason.NETWORK, f"network {build} is not in [policy] networks")
-    if training.epochs > policy.most_epochs:
-        words = f"{training.epochs} epochs; [policy] most_epochs is {policy.most_epochs}"
+    if (epochs := job.epochs_at_sites) > policy.most_epochs:
+        words = f"{epochs} epochs; [policy] most_epochs is {policy.most_epochs}"
         yield Objection(Reason.EPOCHS, words)
     if training.sums == "clear" and not policy.clear_sums:
         yield Objection(Reason.CLEAR_SUM, "sums would be added in the clear; [policy] clear_sums is false")
@@ -52,13 +53,23 @@ def judge_job(policy: Policy, me: str, job: Job, operator: str) -> Iterator[Obje
             yield Objection(Reason.ROSTER, f"site {site}'s key is not the one pinned in [policy] sites")
 
 
-def judge_turns(policy: Policy, me: str, shapes: Shapes, turns: Sequence[Turn]) -> Iterator[Objection]:
-    """What every turn would send from one party, and what it would compute there."""
+def judge_turns(
+    policy: Policy, me: str, shapes: Shapes, turns: Sequence[Turn], released: int = 0
+) -> Iterator[Objection]:
+    """What every turn would send from one party, and what it would compute there.
+
+    Args:
+        released: how often this party's records were handed over to be kept, in jobs before this one.
+    """
     plan = shapes.plan
     for flow in sorted({turn.flow for turn in turns}):
         for edge in plan.edges(flow):
             yield from _judge_edge(policy, me, shapes, edge)
     yield from _judge_gives(policy, me, plan, turns)
+    kept = Counter(t.records for t in turns if releases(plan, t) and any(rows.get(me) for rows in t.rows))
+    if kept and (times := released + max(kept.values())) > policy.most_releases:
+        words = f"records' activations would have been handed over {times} times; [policy] most_releases is "
+        yield Objection(Reason.RELEASES, words + str(policy.most_releases))
     pieces = [shapes.pieces[c.segment] for c in plan.placed(me)]
     if (flops := sum(p.forward + p.backward for p in pieces)) > policy.most_flops:
         words = f"{flops:,} FLOPs a record here; [policy] most_flops is {policy.most_flops:,}"
@@ -77,14 +88,17 @@ def judge_groups(
     if any(turn.sums for turn in turns) and 1 < len(plan.sites) < policy.least_sites:
         words = f"a sum over {len(plan.sites)} sites; [policy] least_sites is {policy.least_sites}"
         yield Objection(Reason.SITES, words)
+    training = {site: parts["train"] for site, parts in sizes.items()}
     steps = [t for t in turns if "gradient" in dict(t.sums)]
     least = max(policy.least_records_in_sum, 0 if policy.solvable_sums else 2 * (inputs + 1))
     fewest = min((others(rows) for t in steps for rows in t.rows), default=least)
     if fewest < least:
         epochs = 1 + max(t.epoch for t in steps)
-        training = {site: parts["train"] for site, parts in sizes.items()}
         words = f"in some step only {fewest} records of the other sites hide each one's; {least} are needed"
         yield Objection(Reason.RECORDS, f"{words}: {_advice(training, epochs, least, seed)}")
+    if any("weights" in dict(t.sums) for t in turns) and others(training) < policy.least_records_in_sum:
+        words = f"averaged weights of only {others(training)} records of the other sites hide each one's"
+        yield Objection(Reason.RECORDS, f"{words}; [policy] least_records_in_sum is {policy.least_records_in_sum}")
     counted = [sum(rows.values()) for t in turns if "tally" in dict(t.sums) for rows in t.rows]
     if counted and min(counted) < policy.least_records_in_counts:
         words = f"counts over {min(counted)} records; [policy] least_records_in_counts is "
@@ -118,6 +132,11 @@ def _judge_gives(policy: Policy, me: str, plan: Plan, turns: Sequence[Turn]) -> 
         if me not in plan.sites and not policy.trunk_to_everyone:
             words = f"the {segment} would travel to the sites; [policy] trunk_to_everyone is false"
             yield Objection(Reason.RESULT, words)
+
+
+def releases(plan: Plan, turn: Turn) -> bool:
+    """Whether in a turn activations go to where they are kept."""
+    return any(plan[e.target].kind == "store" and e.kind == "activations" for e in plan.edges(turn.flow))
 
 
 def others(rows: Rows) -> int:

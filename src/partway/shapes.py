@@ -116,6 +116,8 @@ class Shapes:
         plain: tuple[Spec, ...] = ()
         if kind is LetterKind.ACTIVATIONS:
             plain = (Spec("x", name, (rows, *self.pieces[source].output)),)
+            if self.plan[target].kind == "store":
+                plain += (Spec("made_by", "uint8", (32,)),)
         elif kind is LetterKind.GRADIENT:
             plain = (Spec("x", name, (rows, *self.pieces[target].output)),)
         elif kind is LetterKind.LABELS:
@@ -128,6 +130,8 @@ class Shapes:
             plain = self.pieces[source].state
         elif kind in (LetterKind.EQUAL, LetterKind.ACCOUNT):
             plain = (Spec("x", "uint8", (32,)),)
+        elif kind is LetterKind.VERDICT:
+            plain = (Spec("x", "uint8", (1,)),)
         wire = (Spec("sealed", "uint8", (payload_size(plain) + SEAL_BYTES,)),) if plain and sealed else plain
         return Carried(plain, wire, payload_size(wire))
 

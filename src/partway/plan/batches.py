@@ -9,10 +9,20 @@ from typing import NamedTuple
 
 
 class Batch(NamedTuple):
-    """One union batch: records of each site, and where they begin in that site's own order of the epoch."""
+    """Records of each site, and where they begin in that site's own order of the epoch."""
 
     rows: dict[str, int]
     offsets: dict[str, int]
+
+
+def equal_parts(total: int, most: int) -> list[tuple[int, int]]:
+    """Where each part of `total` places begins and ends: parts as equal as can be, none larger than `most`.
+
+    >>> equal_parts(7, 3)
+    [(0, 2), (2, 4), (4, 7)]
+    """
+    parts = -(-total // most)
+    return [(number * total // parts, (number + 1) * total // parts) for number in range(parts)]
 
 
 def shuffled(places: int, *key: object) -> list[int]:
@@ -41,13 +51,29 @@ def union_batches(sizes: Mapping[str, int], batch: int, seed: int, epoch: int) -
     """
     owners = [site for site, size in sizes.items() for _ in range(size)]
     order = shuffled(len(owners), seed, epoch)
-    batches = -(-len(owners) // batch)
     offsets = dict.fromkeys(sizes, 0)
-    for number in range(batches):
-        places = order[number * len(order) // batches : (number + 1) * len(order) // batches]
+    for begin, end in equal_parts(len(order), batch):
         rows = dict.fromkeys(sizes, 0)
-        for place in places:
+        for place in order[begin:end]:
             rows[owners[place]] += 1
         yield Batch(rows, dict(offsets))
         for site, count in rows.items():
             offsets[site] += count
+
+
+def local_batches(sizes: Mapping[str, int], batch: int) -> list[Batch]:
+    """The batches of an epoch in which every site goes through its own records by itself, side by side.
+
+    Args:
+        batch: the largest number of records of a site in a batch; a site that has no more has 0.
+
+    >>> [b.rows for b in local_batches({"a": 5, "b": 2}, batch=3)]
+    [{'a': 2, 'b': 2}, {'a': 3, 'b': 0}]
+    """
+    parts = {site: equal_parts(size, batch) for site, size in sizes.items()}
+    batches = []
+    for number in range(max(map(len, parts.values()), default=0)):
+        here = {site: own[number] if number < len(own) else (0, 0) for site, own in parts.items()}
+        rows = {site: end - begin for site, (begin, end) in here.items()}
+        batches.append(Batch(rows, {site: begin for site, (begin, _) in here.items()}))
+    return batches

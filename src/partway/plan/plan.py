@@ -15,7 +15,7 @@ the sites join, one site after the other, and part again on the way back.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -30,8 +30,12 @@ Rows = Mapping[str, int]
 """Records of each lane in one micro-batch; a lane without records may be left out."""
 Part = Literal["train", "validation", "test"]
 """Into which a site's records are divided."""
-Sum = tuple[Literal["gradient", "tally"], str]
+Sum = tuple[Literal["gradient", "weights", "tally"], str]
 """What of a segment's copies is summed."""
+
+
+Optimizing = Literal["main", "local"]
+"""The job's optimisers: of training together, and of local epochs."""
 
 
 class Copy(NamedTuple):
@@ -230,6 +234,22 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Who looks at scores in a turn, and what follows: go on, keep what is held now as the best so far, or stop."""
+
+    at: str
+    """The party that may see the scores; it tells the others that hold `keeps` two bits."""
+    tally: str
+    """Whose scores it looks at: those of the newest count."""
+    keeps: tuple[str, ...]
+    """The segments of which every copy is kept at its best, and set back to it after the last look or a stop."""
+    to: int = 0
+    """The turn to go on from after a stop. Who has a part in a turn before it holds one of `keeps`."""
+    last: bool = False
+    """No look comes after this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
     """One position of a schedule: a flow over so many rows, sums over copies, gives from copy to copy.
 
@@ -242,18 +262,25 @@ class Turn:
     """Records of each lane, one mapping a micro-batch."""
     offsets: tuple[Rows, ...] = ()
     """Where, in its own order of this epoch, each lane's rows begin; one mapping a micro-batch."""
-    divisor: float = 1.0
-    """What the loss, a sum over records, is divided by: the union batch's records."""
+    divisor: float | None = None
+    """What the loss, a sum over records, is divided by: the union batch's records. None: each copy's own."""
     train: tuple[str, ...] = ()
     """The segments that are updated; the others are frozen."""
     sums: tuple[Sum, ...] = ()
     """What the hub adds up over all copies of a segment, blind, for each of them."""
+    share: Mapping[str, float] = field(default_factory=dict)
+    """The weight of each lane in a sum of weights; together they are 1."""
     gives: tuple[tuple[Copy, Copy], ...] = ()
     """From which copy to which the weights are handed."""
+    optimizer: Optimizing = "main"
+    """Which of the job's optimisers updates."""
+    fresh: bool = False
+    """That optimiser forgets its state before this turn."""
+    judge: Judge | None = None
     equal: tuple[str, ...] = ()
     """The segments whose copies must have the same bits: every site tells every other a digest, sealed."""
-    account: bool = False
-    """Each party tells the hub the head of its ledger."""
+    account: tuple[str, ...] = ()
+    """The parties that tell the hub the head of their ledger."""
     records: Part = "train"
     """Which of a site's records the rows are taken from."""
     step: int = 0

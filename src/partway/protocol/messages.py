@@ -61,6 +61,8 @@ class Reason(IntEnum):
     """Policy: counts would be summed over too few records."""
     REPEATED = 24
     """Policy: this very job, as signed, has run at this party before."""
+    RELEASES = 25
+    """Policy: records' activations would be handed over to be kept more often than this site allows."""
 
 
 class LetterKind(IntEnum):
@@ -76,6 +78,7 @@ class LetterKind(IntEnum):
     EQUAL = 8
     ACCOUNT = 9
     TICK = 10
+    VERDICT = 11
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):

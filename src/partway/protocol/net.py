@@ -29,9 +29,9 @@ class Task(NamedTuple):
     """Something that one party does once in a turn."""
 
     kind: str
-    """forward backward share add load update give take attest compare account note ticked"""
+    """forward backward share add load update give take attest compare judge heed account note ticked"""
     what: Copy
-    """The copy it is about; for a sum its segment without lane, for accounts and ticks the parties."""
+    """The copy it is about; for a sum its segment without lane, for verdicts, accounts and ticks the parties."""
     micro_batch: int = 0
 
 
@@ -86,12 +86,15 @@ class Shape(NamedTuple):
     sums: tuple[tuple[str, str], ...]
     gives: tuple[tuple[Copy, Copy], ...]
     equal: tuple[str, ...]
-    account: bool
+    judge: tuple[str, tuple[str, ...]] | None
+    """Who judges, and the segments that are kept."""
+    account: tuple[str, ...]
 
 
 def shape(turn: Turn) -> Shape:
     live = tuple(tuple(lane for lane, n in rows.items() if n) for rows in turn.rows)
-    return Shape(turn.flow, live, turn.train, turn.sums, turn.gives, turn.equal, turn.account)
+    judge = (turn.judge.at, turn.judge.keeps) if turn.judge else None
+    return Shape(turn.flow, live, turn.train, turn.sums, turn.gives, turn.equal, judge, turn.account)
 
 
 def compile(plan: Plan, turn: Turn) -> Net:
@@ -124,6 +127,7 @@ class _Compiler:
         self.sum_and_update()
         self.give()
         self.tell_all()
+        self.decide()
         self.tick()
         self.past.clear()
         for post, route in self.letters.items():
@@ -213,7 +217,7 @@ class _Compiler:
             if copy.segment in self.turn.train:
                 updates.setdefault(Copy(plan.place(copy), copy.lane), set()).add(backward)
         for what, name in self.turn.sums:
-            made_by = {"gradient": "backward", "tally": "forward"}[what]
+            made_by = {"gradient": "backward", "tally": "forward", "weights": ""}[what]
             add = self.task("add", Copy(name), plan.hub)
             for copy in plan.copies(name):
                 own = [t for t in self.tasks if t.kind == made_by and t.what == copy]
@@ -242,12 +246,24 @@ class _Compiler:
                 for other in self.plan.copies(name):
                     if other != copy:
                         self.tell(Task("attest", other), LetterKind.EQUAL, other, copy, compare)
-        if self.turn.account:
-            for party in self.plan.parties:
-                if party != self.plan.hub:
-                    account = self.task("account", Copy(party), party)
-                    note = self.task("note", Copy(party), self.plan.hub)
-                    self.tell(account, LetterKind.ACCOUNT, Copy(party), Copy(self.plan.hub), note)
+        for party in self.turn.account:
+            # After all else that it does in the turn, so that the ledger's range is closed behind it.
+            mine = [t for t, w in self.tasks.items() if w.at == party]
+            account = self.task("account", Copy(party), party, needs=mine)
+            note = self.task("note", Copy(party), self.plan.hub)
+            self.tell(account, LetterKind.ACCOUNT, Copy(party), Copy(self.plan.hub), note)
+
+    def decide(self) -> None:
+        """The judge looks when its part of the turn is done; who holds what is kept hears what it says."""
+        if self.turn.judge is None:
+            return
+        at, keeps = self.turn.judge
+        judge = self.task("judge", Copy(at), at, needs=[t for t, w in self.tasks.items() if w.at == at])
+        holders = dict.fromkeys(self.plan.place(c) for name in keeps for c in self.plan.copies(name))
+        for party in holders:
+            if party != at:
+                heed = self.task("heed", Copy(party), party)
+                self.tell(judge, LetterKind.VERDICT, Copy(at), Copy(party), heed)
 
     # -- what follows from the rest
 

@@ -98,6 +98,8 @@ class Session:
         self.peers = [p for p in plan.parties if p != me]
         self.failure: Fail | None = None
         self.failed_by = ""
+        self._goes_on_from = 0
+        """After a judge's stop: no turn before this one is run."""
         self._steps: tuple[int, ...] = (0,)
         """Before each turn, and at the end: how many turns have trained."""
         self._schedule, self._verify = schedule, verify
@@ -135,11 +137,14 @@ class Session:
         mine = self._notes[Ready][self.me] = Ready(self.agreement, confirmation, signature)
         return self._to_all(mine) + self._all_ready()
 
-    def did(self, task: Task) -> list[Effect]:
-        """The worker has done a task of the current turn."""
+    def did(self, task: Task, stop: bool = False) -> list[Effect]:
+        """The worker has done a task of the current turn; `stop`: a judge has said so, here or in a letter."""
         step, turn = self._step(), self.at
         letters: list[Effect] = [Send(step.net.letters[post].receiver, Letter(turn, post)) for post in step.did(task)]
-        return letters + (self._next(turn + 1) if step.finished else self._due())
+        judge = self.turns[turn].judge
+        if stop and judge is not None:
+            self._goes_on_from = judge.to
+        return letters + (self._next(max(turn + 1, self._goes_on_from)) if step.finished else self._due())
 
     def fail(self, reason: Reason, peer: str = "") -> list[Effect]:
         """This party gives up; every other is told why, as an enum."""
@@ -168,6 +173,10 @@ class Session:
     def steps(self) -> tuple[int, int]:
         """For people: how many training turns lie behind, and how many there are."""
         return self._steps[max(self.at, 0)], self._steps[-1]
+
+    def left(self, peer: str) -> bool:
+        """This peer has done all its part: it may be gone without a loss."""
+        return peer in self._notes[Bye]
 
     def waits_for(self) -> list[str]:
         """For people and deadlines: whose messages are missing."""
@@ -240,7 +249,7 @@ class Session:
                 raise PeerError(sender, f"sent {post} of turn {letter.turn}, ahead of what {self.me} has answered")
             if found.causes:
                 raise PeerError(sender, f"sent {post}, which cannot exist before {self.me} has done its part")
-            if letter.turn != self._next_from(sender, self.at + 1):
+            if letter.turn not in self._next_turns_of(sender):
                 raise PeerError(sender, f"sent {post} of turn {letter.turn}, ahead of what {self.me} has answered")
             return NOT_YET
         if self._step().receive(sender, post, content) == ALREADY:
@@ -293,12 +302,27 @@ class Session:
     def _all_left(self) -> bool:
         return len(self._notes[Bye]) > len(self.peers)
 
+    def _speaks(self, sender: str, turn: int) -> bool:
+        """Whether in a turn this sender has something to say to me."""
+        return any(r.sender == sender and r.receiver == self.me for r in self.nets[turn].letters.values())
+
     def _next_from(self, sender: str, turn: int) -> int | None:
         """The next turn in which this sender has something to say to me."""
-        for later in range(turn, len(self.turns)):
-            if any(r.sender == sender and r.receiver == self.me for r in self.nets[later].letters.values()):
-                return later
-        return None
+        return next((later for later in range(turn, len(self.turns)) if self._speaks(sender, later)), None)
+
+    def _next_turns_of(self, sender: str) -> set[int]:
+        """In which turns this sender may speak to me next, for all I know: it may have heard a judge's stop first."""
+        found, starts = set[int](), [self.at + 1]
+        if self.at >= 0 and (judge := self.turns[self.at].judge):
+            starts.append(judge.to)
+        while starts:
+            for later in range(starts.pop(), len(self.turns)):
+                if self._speaks(sender, later):
+                    found.add(later)
+                    break
+                if (judge := self.turns[later].judge) and judge.to not in starts:
+                    starts.append(judge.to)
+        return found
 
     def _owes(self, sender: str) -> bool:
         """A letter of this sender is still to come."""

@@ -282,6 +282,8 @@ class _Run:
         told = self._began
         while not self._party.ended:
             item = self._submitted.inbox.get()
+            if isinstance(item, LinkLost) and self._party.session.left(item.peer):
+                continue  # it has done its part
             if isinstance(item, PartwayError):
                 raise item
             self._post(self._party.receive(*item))

@@ -133,7 +133,7 @@ class Agent:
             self._goodbye = asyncio.get_running_loop().create_task(self._say_goodbye())
 
     async def _say_goodbye(self) -> None:
-        if self._party is not None:
+        if self._party is not None and not self._party.session.left(self.identity.name):
             await self._post(self._party.give_up(Reason.STOPPED))
         await self._link.close()
 
@@ -171,6 +171,8 @@ class Agent:
                 folder=folder,
                 device=self.settings.device,
                 tap=self._tap,
+                released=self._released(),
+                on_release=lambda: self._note_release(name, digest),
             )
             roster = {**job.roster, server: subject.fingerprint}
             schema = schema_of(job)
@@ -192,6 +194,21 @@ class Agent:
         self._tell(assembled, "done", f"{written} and ledger.jsonl are in {folder}")
         return None
 
+    @property
+    def _releases(self) -> Path:
+        """A line for each job that records were released in; a site with other records begins a new one."""
+        return self._home / self.settings.folder / "releases.log"
+
+    def _released(self) -> int:
+        return len(self._releases.read_text().splitlines()) if self._releases.exists() else 0
+
+    def _note_release(self, job: str, digest: bytes) -> None:
+        try:
+            with self._releases.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {job} {digest.hex()}\n")
+        except OSError as error:
+            raise JobFailed(f"{self._releases} cannot be written ({error.strerror}), so nothing leaves") from None
+
     async def _run(self, assembled: Assembled, server: str, folder: Path) -> list[Path]:
         party = self._party = assembled.party
         began = told = time.monotonic()
@@ -199,7 +216,13 @@ class Agent:
             await self._post(party.start())
             while not party.ended:
                 party.prepare()
-                for frame in await self._receive():
+                try:
+                    received = await self._receive()
+                except (Stopped, LinkLost):
+                    if party.session.left(party.me):
+                        break  # nothing of this site's part is missing, and nobody waits for it
+                    raise
+                for frame in received:
                     await self._post(party.receive(server, frame))
                 if (now := time.monotonic()) - told > 0.25:
                     told = now

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from partway import pki
-from partway.assembly import DTYPES, Network, network_of, optimizer_of, plan_of, schema_of, shapes_of
+from partway.assembly import DTYPES, Network, network_of, optimizers_of, plan_of, schema_of, shapes_of
 from partway.config import Job, Site, contents, read_job
 from partway.data import thyroid
 from partway.data.records import Records, deviation_of, mean_of, moments, squares
@@ -156,7 +156,7 @@ def _values(
             return scaled[first], records.labels[first]
 
     segments = {c: Segment(network.modules[original(c.segment)], dtype) for c in plan.placed(me)}
-    worker = Worker(plan, shapes, segments, optimizer=optimizer_of(job.training.optimizer), source=OneRecord())
+    worker = Worker(plan, shapes, segments, optimizers=optimizers_of(job), source=OneRecord())
     net = compile(plan, turn)
     worker.begin(0, turn, net)
     for task in net.tasks:

@@ -1,12 +1,14 @@
-"""A site's records as its worker takes them: in a secret order, standardised by what all sites have agreed on."""
+"""What a worker takes its rows from, in a secret order: a site's own records, or what sites have released to it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from partway.data.records import Records
-from partway.plan.plan import Turn
+from partway.plan.plan import Part, Turn
 from partway.train.draws import order_of
 
 
@@ -25,7 +27,9 @@ class RecordSource:
         self.labels = records.labels.to(device)
         self.features = records.features.to(device)
         """As read, float64, until `standardise` is called."""
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._at: tuple[Part, int] | None = None
+        """The part and epoch of `_order`."""
+        self._order = torch.empty(0, dtype=torch.int64)
         if not records.schema.numeric:
             self.features = self.features.to(dtype)
 
@@ -34,15 +38,47 @@ class RecordSource:
         self.features = self.records.scaled(mean, deviation).to(self._device, self._dtype)
 
     def take(self, turn: Turn, offset: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Features and labels of this site's rows of a turn: in secret order where segments train, else as they stand.
+        """Features and labels of this site's rows of a turn.
 
         Args:
-            offset: where the rows begin in that order.
+            offset: where the rows begin in this site's order of that part and epoch.
         """
-        index = self.records.division[turn.records]
-        if turn.train:
-            if turn.epoch != self._epoch:
-                self._epoch, self._order = turn.epoch, index[order_of(len(index), self._secret, self._job, turn.epoch)]
-            index = self._order
-        chosen = index[offset : offset + rows].to(self._device)
+        if self._at != (turn.records, turn.epoch):
+            self._at, index = (turn.records, turn.epoch), self.records.division[turn.records]
+            self._order = index[order_of(len(index), self._secret, self._job, turn.epoch)].to(self._device)
+        chosen = self._order[offset : offset + rows]
         return self.features.index_select(0, chosen), self.labels.index_select(0, chosen)
+
+
+class Shelf:
+    """What sites have released to this party: rows and labels, in the order of the sites.
+
+    Args:
+        secret: this party's; together with the job it decides in which order rows are taken.
+        job: digest of the signed job.
+    """
+
+    def __init__(self, sites: Sequence[str], secret: bytes, job: bytes) -> None:
+        self._sites, self._secret, self._job = sites, secret, job
+        self._released: dict[Part, dict[str, list[tuple[Tensor, Tensor]]]] = {}
+        self._whole: dict[Part, tuple[Tensor, Tensor]] = {}
+        """What was released of a part, once it is taken from."""
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def put(self, part: Part, site: str, rows: Tensor, labels: Tensor) -> None:
+        """A site's rows, shape (n, ...), and labels, shape (n,), after those that it has released before."""
+        self._released.setdefault(part, {}).setdefault(site, []).append((rows, labels))
+
+    def take(self, turn: Turn, offset: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Rows and labels of a turn: in this party's order of the epoch where segments train, else as they stand."""
+        if turn.records not in self._whole:
+            held = self._released.pop(turn.records)
+            parts = [part for site in self._sites for part in held.get(site, [])]
+            self._whole[turn.records] = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+        x, y = self._whole[turn.records]
+        if not turn.train:
+            return x[offset : offset + rows], y[offset : offset + rows]
+        if turn.epoch != self._epoch:
+            self._epoch, self._order = turn.epoch, order_of(len(y), self._secret, self._job, turn.epoch).to(y.device)
+        chosen = self._order[offset : offset + rows]
+        return x.index_select(0, chosen), y.index_select(0, chosen)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from partway.cost import Cost
 from partway.errors import JobFailed, PeerError
 from partway.model.segment import Segment
-from partway.plan.plan import Copy, Plan, Turn
+from partway.plan.plan import Copy, Optimizing, Part, Plan, Turn
 from partway.privacy.blind_sum import Numbers, Words, add
 from partway.protocol.messages import LetterKind, Post
 from partway.protocol.net import Net, Task
 from partway.shapes import Shapes
 from partway.train.baselines import OptimizerOf
+from partway.train.stopping import Verdict
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """A sum over records, of outputs (n, ...) and labels (n,)."""
@@ -56,14 +57,26 @@ class Tally(Protocol):
         """The sum over all sites has come."""
 
 
+class Store(Protocol):
+    """What has been released to this party."""
+
+    def put(self, part: Part, site: str, rows: Tensor, labels: Tensor) -> None:
+        """A site's rows, shape (n, ...), and labels, shape (n,), after those that it has released before."""
+
+    def take(self, turn: Turn, offset: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Rows and labels of a turn."""
+
+
 class Worker:
     """One party's segments, optimisers and tensors in flight.
 
     Args:
         segments: the copies that live at this party.
-        optimizer: makes the optimiser of a unit, a party's copies of one lane, from their flat parameters.
+        optimizers: each makes the optimiser of a unit, a party's copies of one lane, from their flat parameters.
         source: its records, if it has any.
+        stores: where released activations go here, by segment.
         tallies: what each tally counts here.
+        judges: what a look at a tally's newest scores says here.
         reports: figures that a tally tells, shape (1, n), float64.
         account: the head of this party's ledger, 32 bytes.
         loss: a sum over records; the turn's divisor makes it a mean.
@@ -76,9 +89,11 @@ class Worker:
         shapes: Shapes,
         segments: Mapping[Copy, Segment],
         *,
-        optimizer: OptimizerOf,
+        optimizers: Mapping[Optimizing, OptimizerOf],
         source: Source | None = None,
+        stores: Mapping[str, Store] | None = None,
         tallies: Mapping[str, Tally] | None = None,
+        judges: Mapping[str, Callable[[], Verdict]] | None = None,
         reports: Mapping[str, Callable[[], Tensor]] | None = None,
         account: Callable[[], bytes] | None = None,
         loss: Loss | None = None,
@@ -86,7 +101,7 @@ class Worker:
         device: torch.device | str = "cpu",
     ) -> None:
         self.plan, self.shapes, self.segments, self.source = plan, shapes, dict(segments), source
-        self.tallies, self.reports = dict(tallies or {}), dict(reports or {})
+        self.stores, self.tallies, self.reports = dict(stores or {}), dict(tallies or {}), dict(reports or {})
         self.sums: Sums | None = None
         """Blind or clear; set once keys are agreed, None at a party without shared copies."""
         self.cost = Cost()
@@ -96,10 +111,14 @@ class Worker:
         """Figures that sites have told: the turn, the site, shape (n,)."""
         self.accounts: dict[str, bytes] = {}
         """Heads of the other parties' ledgers, at the hub."""
-        self._optimizer, self._account_head, self._draws = optimizer, account, draws
+        self._judges, self._makers, self._account_head, self._draws = dict(judges or {}), optimizers, account, draws
         self._device = torch.device(device)
         self._loss = loss or (lambda x, y: nn.functional.cross_entropy(x, y, reduction="sum"))
-        self._optimizers: dict[tuple[Copy, tuple[str, ...]], torch.optim.Optimizer] = {}
+        self._optimizers: dict[tuple[Optimizing, Copy, tuple[str, ...]], torch.optim.Optimizer] = {}
+        self._kept: dict[Copy, dict[str, Tensor]] = {}
+        """What a judge has found best so far."""
+        self._stored_by: dict[Copy, tuple[str, Tensor]] = {}
+        """For each store the first party that released to it, and the digest of the weights that it used."""
         self.at = -1
         """The turn that this worker is at."""
 
@@ -118,6 +137,8 @@ class Worker:
         self._mail: dict[Post, dict[str, Tensor]] = {}
         self._made: dict[tuple[LetterKind, Copy], dict[str, Tensor]] = {}
         """Bodies of letters that are not rows of `_out` or `_leaf`."""
+        if turn.fresh:
+            self._optimizers = {key: made for key, made in self._optimizers.items() if key[0] != turn.optimizer}
 
     def deliver(self, post: Post, tensors: dict[str, Tensor]) -> None:
         """A letter of the current turn has been taken."""
@@ -125,13 +146,16 @@ class Worker:
             tensors = {name: t.to(self._device) for name, t in tensors.items()}
         self._mail[post] = tensors
 
-    def do(self, task: Task) -> None:
-        """One task of the current turn, all of whose needs are met."""
+    def do(self, task: Task) -> bool:
+        """One task of the current turn, all of whose needs are met. Returns whether a judge has said stop in it."""
         takes = self._net.tasks[task].takes
         if task.kind in ("forward", "backward"):
             getattr(self, f"_{task.kind}")(task.what, task.micro_batch, takes)
+        elif task.kind in ("judge", "heed"):
+            return self._obey(self._look(task.what) if task.kind == "judge" else self._told(takes[0]))
         elif task.kind != "ticked":
             getattr(self, f"_{task.kind}")(task.what, takes)
+        return False
 
     def prepare(self) -> None:
         """Makes, while letters are waited for, what this turn will need whatever they say: the masks of its sums."""
@@ -143,7 +167,10 @@ class Worker:
         """The tensors of a letter that a finished task has made."""
         kind, source, target, m = post
         if kind in (LetterKind.ACTIVATIONS, LetterKind.LABELS, LetterKind.SCORES):
-            return {"x": self._part(self._out[source, m][kind], source, target, m).detach()}
+            tensors = {"x": self._part(self._out[source, m][kind], source, target, m).detach()}
+            if kind is LetterKind.ACTIVATIONS and self.plan[target.segment].kind == "store":
+                tensors["made_by"] = self._digest(source)  # so that no store mixes what two bottoms have made
+            return tensors
         if kind is LetterKind.GRADIENT:
             gradient = self._leaf[target.segment, source, m].grad
             if gradient is None:
@@ -196,20 +223,44 @@ class Worker:
         if segment.kind == "tally":
             counted = self.tallies[copy.segment].count(self._turn, whole, labels)
             self._counts[copy] = self._counts[copy] + counted if copy in self._counts else counted
+            if copy.segment not in self._what:  # what is not summed with others' counts is final
+                self.tallies[copy.segment].settle(self._turn, self._counts[copy])
+        elif copy.segment in self.stores:
+            self._check_makers(takes)
+            self._keep(copy, m, whole, labels)
         elif segment.kind == "store":
             lanes = [site for site in self.plan.sites for _ in range(self._turn.rows[m].get(site, 0))]
             self.board += [(self._turn, lane, row) for lane, row in zip(lanes, whole, strict=True)]
         else:
             self._run(copy, m, whole, labels)
 
+    def _keep(self, copy: Copy, m: int, rows: Tensor, labels: Tensor | None) -> None:
+        """Puts what sites have released into a store, each site's by itself."""
+        if labels is None:
+            raise JobFailed(f"{copy} keeps rows with their labels, and no labels come")
+        counts = [self._turn.rows[m].get(site, 0) for site in self.plan.sites]
+        for site, x, y in zip(self.plan.sites, torch.split(rows, counts), torch.split(labels, counts), strict=True):
+            if len(y):
+                self.stores[copy.segment].put(self._turn.records, site, x, y)
+
+    def _check_makers(self, takes: Sequence[Post]) -> None:
+        """All that comes into a store was made by the same weights."""
+        for post in takes:
+            if post.kind is LetterKind.ACTIVATIONS:
+                maker, made_by = self._taken(post)["made_by"].cpu(), self.plan.place(post.source)
+                first, known = self._stored_by.setdefault(post.target, (made_by, maker))
+                if not torch.equal(maker, known):
+                    raise PeerError(made_by, f"released with another {post.source.segment} than {first}")
+
     def _source(self, copy: Copy, m: int) -> dict[LetterKind, Tensor]:
         if self.plan[copy.segment].kind == "tally":
             return {LetterKind.SCORES: self.reports[copy.segment]()}
-        if self.source is None:
+        source = self.stores.get(copy.segment, self.source)
+        if source is None:
             raise JobFailed("the plan puts records here, and there are none")
         offset = self._turn.offsets[m].get(copy.lane, 0)
-        features, labels = self.source.take(self._turn, offset, self._turn.rows[m][copy.lane])
-        return {LetterKind.ACTIVATIONS: features, LetterKind.LABELS: labels}
+        rows, labels = source.take(self._turn, offset, self._turn.rows[m][copy.lane])
+        return {LetterKind.ACTIVATIONS: rows, LetterKind.LABELS: labels}
 
     def _run(self, copy: Copy, m: int, inputs: Tensor, labels: Tensor | None) -> None:
         segment, training = self.segments[copy], bool(self._turn.train)
@@ -219,7 +270,7 @@ class Worker:
         self.cost.flops += len(inputs) * self.shapes.pieces[copy.segment].forward
         self._out[copy, m] = {LetterKind.ACTIVATIONS: output}
         if labels is not None and training:
-            self._loss_of[copy, m] = self._loss(output, labels) / self._turn.divisor
+            self._loss_of[copy, m] = self._loss(output, labels) / (self._turn.divisor or len(labels))
 
     def _backward(self, copy: Copy, m: int, takes: Sequence[Post]) -> None:
         if takes:
@@ -243,8 +294,11 @@ class Worker:
         return self.shapes.pieces[name].size, np.dtype(str(self.shapes.dtype).removeprefix("torch."))
 
     def _share(self, copy: Copy, _: Sequence[Post]) -> None:
-        tally = self._what[copy.segment] == "tally"
-        plain = self._counts.get(copy) if tally else self.segments[copy].gradient()
+        what = self._what[copy.segment]
+        if what == "weights":
+            plain: Tensor | None = self.segments[copy].weights() * self._turn.share[copy.lane]
+        else:
+            plain = self._counts.get(copy) if what == "tally" else self.segments[copy].gradient()
         if plain is None:  # no records in this turn: zeros, for the masks must cancel
             numbers = np.zeros(*self._summed(copy.segment))
         else:
@@ -259,8 +313,11 @@ class Worker:
         total = _unsigned(self._taken(takes[0])["x"])
         _, dtype = self._summed(copy.segment)
         plain = torch.from_numpy(self._half().unmask(self.at, copy.segment, total, dtype))
-        if self._what[copy.segment] == "tally":
+        what = self._what[copy.segment]
+        if what == "tally":
             self.tallies[copy.segment].settle(self._turn, plain)
+        elif what == "weights":
+            self.segments[copy].load(plain.to(self._device))
         else:
             self.segments[copy].set_gradient(plain.to(self._device))
 
@@ -271,11 +328,11 @@ class Worker:
 
     def _update(self, unit: Copy, _: Sequence[Post]) -> None:
         mine = [c for c in self.segments if c.lane == unit.lane and c.segment in self._turn.train]
-        key = (unit, tuple(c.segment for c in mine))
+        key = (self._turn.optimizer, unit, tuple(c.segment for c in mine))
         flats = [flat for c in mine if (flat := self.segments[c].flat) is not None]
         if flats:
             if key not in self._optimizers:
-                self._optimizers[key] = self._optimizer(flats)
+                self._optimizers[key] = self._makers[self._turn.optimizer](flats)
             self._optimizers[key].step()
         for copy in mine:
             self.segments[copy].clear()
@@ -288,9 +345,13 @@ class Worker:
     def _take(self, copy: Copy, takes: Sequence[Post]) -> None:
         self.segments[copy].load_tensors(self._taken(takes[0]))
 
-    def _attest(self, copy: Copy, _: Sequence[Post]) -> None:
+    def _digest(self, copy: Copy) -> Tensor:
+        """SHA-256 of a copy's weights, shape (32,), uint8."""
         weights = self.segments[copy].weights().cpu().numpy().tobytes()
-        self._made[LetterKind.EQUAL, copy] = {"x": _bytes(hashlib.sha256(weights).digest())}
+        return _bytes(hashlib.sha256(weights).digest())
+
+    def _attest(self, copy: Copy, _: Sequence[Post]) -> None:
+        self._made[LetterKind.EQUAL, copy] = {"x": self._digest(copy)}
 
     def _compare(self, copy: Copy, takes: Sequence[Post]) -> None:
         mine = self._made[LetterKind.EQUAL, copy]["x"]
@@ -298,6 +359,28 @@ class Worker:
             if not torch.equal(self._taken(post)["x"].cpu(), mine):
                 words = f"holds another {copy.segment} than {self.plan.place(copy)}: the sites' copies have come apart"
                 raise PeerError(self.plan.place(post.source), words)
+
+    # -- which weights are kept
+
+    def _look(self, judge: Copy) -> Verdict:
+        assert self._turn.judge is not None
+        verdict = self._judges[self._turn.judge.tally]()
+        self._made[LetterKind.VERDICT, judge] = {"x": _bytes(bytes([verdict]))}
+        return verdict
+
+    def _told(self, post: Post) -> Verdict:
+        return Verdict(int(self._taken(post)["x"]) & 3)
+
+    def _obey(self, verdict: Verdict) -> bool:
+        judge = self._turn.judge
+        assert judge is not None
+        mine = [copy for copy in self.segments if copy.segment in judge.keeps]
+        if Verdict.KEEP in verdict:
+            self._kept = {copy: self.segments[copy].tensors() for copy in mine}
+        if Verdict.STOP in verdict or judge.last:
+            for copy, tensors in self._kept.items():
+                self.segments[copy].load_tensors(tensors)
+        return Verdict.STOP in verdict
 
     def _account(self, party: Copy, _: Sequence[Post]) -> None:
         head = self._account_head() if self._account_head else bytes(32)
