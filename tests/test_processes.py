@@ -58,7 +58,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def federation(records: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFederation]:
     """Five sites that run for all tests of this file which leave them running."""
-    with LocalFederation(tmp_path_factory.mktemp("federation"), records, silence=5) as running:
+    folder = tmp_path_factory.mktemp("federation")
+    with LocalFederation(folder, records, {"most_releases": 2}, silence=5) as running:
         running.start()
         yield running
 
@@ -82,13 +83,23 @@ def running_job(ran: Ran) -> bytes:
     ).toml
 
 
+HALF = {"rounds": 2, "local_epochs": 2}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "vanilla": {"epochs": 10},
+    "u_shaped": {"epochs": 10, "configuration": "u_shaped"},
+    "half_trained": {"epochs": 3, "schedule": "half_trained", "batch": 64, "half_trained": HALF},
+}
+
+
 @pytest.mark.parametrize("optimizer", [ADAM, MOMENTUM], ids=["adam", "momentum"])
-@pytest.mark.parametrize("configuration", ["vanilla", "u_shaped"])
-def test_equals_the_plain_run(federation: LocalFederation, configuration: str, optimizer: dict) -> None:
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_equals_the_plain_run(federation: LocalFederation, settings: str, optimizer: dict) -> None:
     """200 steps in float64 over TLS, blind sums on, on all five sites' records; every party's own file is compared."""
-    network = {**NETWORK, "cut": ["hidden.2", "hidden.7"]} if configuration == "u_shaped" else NETWORK
-    training = {"configuration": configuration, "optimizer": optimizer, "epochs": 10, "dtype": "float64"}
-    ran = federation.run(job(network=network, training=training, result={"bottom": "sites", "trunk": "everyone"}))
+    network = {**NETWORK, "cut": ["hidden.2", "hidden.7"]} if settings == "u_shaped" else NETWORK
+    training = {**SETTINGS[settings], "optimizer": optimizer, "dtype": "float64"}
+    evaluation = {"every": int(settings == "half_trained")}
+    terms = {"bottom": "sites", "trunk": "everyone"}
+    ran = federation.run(job(network=network, training=training, evaluation=evaluation, result=terms))
     assert ran.status.steps >= 200
     expected, other = pooled(federation, ran), pooled(federation, ran, other_order=True)
     names: set[str] = set()
@@ -384,6 +395,68 @@ def test_a_site_ends_in_the_middle(three: tuple[LocalFederation, str], how: sign
     audit = verify(ledger, lambda signature, data: True)
     assert audit.outcome == ("stopped" if how == signal.SIGTERM else None)
     assert bool(audit.at_most) == (how != signal.SIGTERM)
+
+
+def released(running: LocalFederation, number: str) -> None:
+    """Waits until the server trains on what all sites have released."""
+    local = 2 * 2 * -(-1313 // 64)
+    until(running, number, step=local + 1)
+
+
+def half_job(**sections: Any) -> dict[str, dict[str, Any]]:
+    training = {"epochs": 90, "schedule": "half_trained", "batch": 32, "half_trained": HALF}
+    return job(**{"training": training, "evaluation": {"every": 1, "trunk_travels": False}} | sections)
+
+
+def test_a_site_that_has_released_may_leave(three: tuple[LocalFederation, str]) -> None:
+    running, number = three
+    running.ask("stop", number.encode())
+    ended(running, number)
+    status = running.submit(running.sign(half_job()))
+    released(running, status.id)
+    running.processes["svhc"].popen.terminate()
+    assert running.processes["svhc"].popen.wait(10) == 0
+    assert running.processes["svhc"].said["state"] == "done"
+    running.processes["stmw"].popen.kill()
+    done = ended(running, status.id)
+    assert (done["state"], done["exit_code"]) == ("done", 0)
+    assert done["step"] == done["steps"]
+    for site in ("svhc", "svi"):
+        running.wait_until(lambda site=site: bool(list(half_folder(running, site).glob("result.json"))), SERVER)
+        assert set(load_file(half_folder(running, site) / "segments.safetensors")) == BOTTOM
+    assert set(load_file(half_folder(running, SERVER) / "segments.safetensors")).isdisjoint(BOTTOM)
+
+
+BOTTOM = {f"hidden.{layer}.{what}" for layer in (0, 2) for what in ("weight", "bias")}
+
+
+def half_folder(running: LocalFederation, party: str) -> Path:
+    return max((running.folder / party / "runs").glob("thyroid-*"), key=lambda path: path.stat().st_mtime)
+
+
+def test_a_site_that_gets_the_trunk_may_not_leave(three: tuple[LocalFederation, str]) -> None:
+    running, number = three
+    running.ask("stop", number.encode())
+    ended(running, number)
+    status = running.submit(running.sign(half_job(result=TERMS)))
+    released(running, status.id)
+    running.processes["svhc"].popen.terminate()
+    assert ended(running, status.id)["message"].startswith("svhc gave up: STOPPED")
+
+
+def test_records_are_not_released_more_often_than_a_site_allows(three: tuple[LocalFederation, str]) -> None:
+    running, number = three
+    running.ask("stop", number.encode())
+    ended(running, number)
+    training = {"epochs": 1, "schedule": "half_trained", "half_trained": HALF}
+    assert running.run(half_job(training=training)).status.state == "done"
+    with pytest.raises(Refused, match="RELEASES"):
+        running.run(half_job(training=training))
+    said = running.processes["svi"].said
+    assert said["state"] == "refused"
+    assert "handed over 2 times; [policy] most_releases is 1" in said["message"]
+    assert len((running.folder / "svi" / "runs" / "releases.log").read_text().splitlines()) == 1
+    assert running.run(job(training={"epochs": 1})).status.state == "done"  # which releases nothing that is kept
 
 
 def test_the_server_is_killed(three: tuple[LocalFederation, str]) -> None:

@@ -87,10 +87,15 @@ def honest() -> Run:
     return run()
 
 
-@pytest.mark.parametrize("configuration", ["vanilla", "u_shaped"])
-def test_no_record_leaves_its_site(configuration: str, honest: Run) -> None:
+HALF = {"schedule": "half_trained", "half_trained": {"rounds": 1, "local_epochs": 1}}
+
+
+@pytest.mark.parametrize("how", ["vanilla", "u_shaped", "half_trained"])
+def test_no_record_leaves_its_site(how: str, honest: Run) -> None:
     whole, wire, tap = honest
-    if configuration == "u_shaped":
+    if how == "half_trained":
+        whole, wire, tap = run({**JOB, "training": {"epochs": 1, **HALF}})
+    elif how == "u_shaped":
         network = {**JOB["network"], "cut": ["hidden.2", "hidden.7"]}
         whole, wire, tap = run({**JOB, "network": network, "training": {"epochs": 1, "configuration": "u_shaped"}})
     searched = 0
@@ -100,7 +105,7 @@ def test_no_record_leaves_its_site(configuration: str, honest: Run) -> None:
         assert found(rows, wire.heard[SERVER]) == 0
         searched += len(rows)
     assert searched == 2 * 9046
-    assert sum(map(len, tap.plain["other"])) > 500_000
+    assert sum(map(len, tap.plain["other"])) > (250_000 if how == "half_trained" else 500_000)
 
 
 def test_the_search_finds_what_an_identity_bottom_lets_through() -> None:
@@ -167,7 +172,7 @@ def on_the_first_columns(forward: Any) -> Any:
 def secrets_of_training(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
     """Shares and totals before they are masked, and weights, at every site and step."""
     seen: dict[str, list[np.ndarray]] = {"share": [], "total": [], "weights": []}
-    mask, unmask, load = BlindSum.mask, BlindSum.unmask, Segment.set_gradient
+    mask, unmask, load, write = BlindSum.mask, BlindSum.unmask, Segment.set_gradient, Segment.load
 
     def masked(self: BlindSum, turn: int, segment: str, share: np.ndarray) -> np.ndarray:
         seen["share"].append(share.copy())
@@ -181,9 +186,14 @@ def secrets_of_training(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.nd
         seen["weights"].append(self.weights().numpy())
         load(self, flat)
 
+    def averaged(self: Segment, flat: Tensor) -> None:
+        seen["weights"] += [self.weights().numpy(), flat.numpy()]
+        write(self, flat)
+
     monkeypatch.setattr(BlindSum, "mask", masked)
     monkeypatch.setattr(BlindSum, "unmask", unmasked)
     monkeypatch.setattr(Segment, "set_gradient", loaded)
+    monkeypatch.setattr(Segment, "load", averaged)
     return seen
 
 
@@ -198,8 +208,11 @@ def windows(arrays: list[np.ndarray], width: int = 6) -> np.ndarray:
     return np.array([c for c in cut if np.count_nonzero(c) >= 4], dtype=np.float64)
 
 
+@pytest.mark.parametrize("training", [{}, HALF], ids=["synchronous", "half_trained"])
 @pytest.mark.parametrize("sums", ["blind", "clear"])
-def test_the_server_sees_no_parameter_gradient_or_total_of_a_bottom(sums: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_sees_no_parameter_gradient_or_total_of_a_bottom(
+    sums: str, training: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = secrets_of_training(monkeypatch)
     if sums == "clear":
 
@@ -208,9 +221,9 @@ def test_the_server_sees_no_parameter_gradient_or_total_of_a_bottom(sums: str, m
 
         monkeypatch.setattr(ClearSum, "mask", kept("share"))
         monkeypatch.setattr(ClearSum, "unmask", kept("total"))
-    _, wire, tap = run({**JOB, "training": {"epochs": 1, "sums": sums}})
+    _, wire, tap = run({**JOB, "training": {"epochs": 1, "sums": sums, **training}})
     server = [*wire.heard[SERVER], *tap.plain[SERVER]]
-    assert min(len(v) for v in seen.values()) >= 5 * 20
+    assert min(len(v) for v in seen.values()) >= (5 * 2 if training else 5 * 20)
     if sums == "blind":
         for what, arrays in seen.items():
             assert found(windows(arrays), server) == 0, what
@@ -218,7 +231,8 @@ def test_the_server_sees_no_parameter_gradient_or_total_of_a_bottom(sums: str, m
         for what in ("share", "total"):
             rows = windows(seen[what])
             assert found(rows, server) == len(rows)
-        assert found(windows(seen["weights"]), server) == 0
+        found_weights = found(windows(seen["weights"]), server)
+        assert found_weights > 0 if training else found_weights == 0  # the average, in the clear, is the weights
 
 
 def test_first_weights_that_were_not_sealed_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,8 @@ from partway.wire import tensors as wire_tensors
 from partway.wire.frames import Frame
 
 Out = Iterator[tuple[str, list[bytes]]]
-"""(link, frames) in the order in which they may leave."""
+"""(link, frames) in the order in which they may leave; no frames at the end of a turn that sends none, so that a
+driver may look around in long work."""
 
 
 class Identity(Protocol):
@@ -212,6 +213,8 @@ class Party:
                 self._begin(effect.turn)
                 stop = self.worker.do(effect.task)
                 todo += self.session.did(effect.task, stop)
+                if self.session.at != effect.turn and not out:
+                    yield self._hub, []
             elif isinstance(effect, Derive):
                 todo += self._derive()
             else:

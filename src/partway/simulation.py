@@ -78,7 +78,8 @@ class Federation:
     def _deliver(self, wire: Wire, watch: Callable[[str, Assembled], None] | None) -> None:
         def post(sender: str, out: Out) -> None:
             for link, made in out:
-                wire.put(sender, link, b"".join(made))
+                if made:
+                    wire.put(sender, link, b"".join(made))
 
         for name, assembled in self.parties.items():
             post(name, assembled.party.start())
@@ -199,7 +200,7 @@ def together(whole: Federation, seconds: float) -> Result:
         result.sites.update(own.sites)
         result.cost.update(own.cost)
         result.ledgers.update(own.ledgers)
-        result.all, result.validation = own.all, own.validation
+        result.all, result.validation = own.all, own.validation or result.validation
         result.weights.update(own.weights)
         result.whole = result.whole or own.whole
     state = next(iter(whole.parties.values())).network.whole.state_dict()

@@ -13,6 +13,7 @@ import queue
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from partway.assembly import Assembled, Place, assemble, result_of, schema_of
 from partway.config import Job, Server, read_job
 from partway.errors import JobFailed, LinkLost, PartwayError, PeerError, Refused, TrustError, UsageError
 from partway.party import Out
-from partway.protocol.messages import Greet, Head, Offer, Reason
+from partway.protocol.messages import Bye, Fail, Greet, Head, Offer, Reason
 from partway.report import write_whole
 from partway.server.status import Status
 from partway.train.draws import derived
@@ -274,23 +275,21 @@ class _Run:
         self, assembled: Assembled, links: Mapping[str, ServerLink], submitted: Submitted, tell: Callable[[], None]
     ) -> None:
         self._party, self._links, self._submitted, self._tell = assembled.party, links, submitted, tell
-        self._began = time.monotonic()
+        self._began = self._told = time.monotonic()
+        self._early: deque[tuple[str, Frame] | PartwayError] = deque()
+        """What has come in while the party was at work, in order."""
 
     def walk(self) -> None:
         """Raises what ends the job before its time."""
         self._post(self._party.start())
-        told = self._began
         while not self._party.ended:
-            item = self._submitted.inbox.get()
-            if isinstance(item, LinkLost) and self._party.session.left(item.peer):
-                continue  # it has done its part
+            item = self._early.popleft() if self._early else self._submitted.inbox.get()
+            if isinstance(item, LinkLost) and self._has_left(item):
+                continue
             if isinstance(item, PartwayError):
                 raise item
             self._post(self._party.receive(*item))
-            if (now := time.monotonic()) - told > 0.25:
-                told = now
-                self._update()
-                self._tell()
+            self._show()
         self._update()
 
     def give_up(self, error: PartwayError) -> None:
@@ -305,7 +304,37 @@ class _Run:
 
     def _post(self, out: Out) -> None:
         for site, made in out:
-            self._links[site].send(b"".join(made))
+            if made:
+                self._links[site].send(b"".join(made))
+            elif self._is_over():
+                return
+
+    def _is_over(self) -> bool:
+        """Looks up from a turn in which nobody else has a part: what has come in may end the job."""
+        self._show()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._early.append(self._submitted.inbox.get_nowait())
+        left = set()
+        for item in self._early:
+            if isinstance(item, LinkLost):
+                if item.peer not in left and not self._has_left(item):
+                    return True
+            elif isinstance(item, PartwayError) or isinstance(item[1].message, Fail):
+                return True
+            elif isinstance(item[1].message, Bye):
+                left.add(item[0])
+        return False
+
+    def _has_left(self, lost: LinkLost) -> bool:
+        """It had done its part."""
+        return self._party.session.left(lost.peer)
+
+    def _show(self) -> None:
+        if (now := time.monotonic()) - self._told > 0.25:
+            self._told = now
+            self._update()
+            self._tell()
 
     def _update(self) -> None:
         """Where the job stands."""

@@ -19,7 +19,7 @@ from partway.config import Site, read_job
 from partway.data import thyroid
 from partway.egress import Tap
 from partway.errors import DataError, JobFailed, LinkLost, PartwayError, Refused, TrustError, UsageError
-from partway.party import Out, Party
+from partway.party import Out
 from partway.protocol.messages import ANYBODY, Fail, Greet, Head, Offer, Reason
 from partway.transport.grpc import ClientLink, Credentials
 from partway.wire import frames
@@ -73,8 +73,10 @@ class Agent:
             raise TrustError(f"{held}; the site file says {self.settings.name}")
         self._secret = own_secret(home / self.settings.identity)
         thyroid.read(self._path, seed=0)
-        self._party: Party | None = None
-        """Of the job that runs."""
+        self._running: Assembled | None = None
+        """The job that runs."""
+        self._began = self._told = 0.0
+        """When it began, and when last it was told how it stands; seconds."""
         self._stopping = self._waiting = False
 
     async def serve(self, jobs: int | None = None) -> None:
@@ -133,8 +135,8 @@ class Agent:
             self._goodbye = asyncio.get_running_loop().create_task(self._say_goodbye())
 
     async def _say_goodbye(self) -> None:
-        if self._party is not None and not self._party.session.left(self.identity.name):
-            await self._post(self._party.give_up(Reason.STOPPED))
+        if self._running is not None and not self._running.party.session.left(self.identity.name):
+            await self._post(self._running.party.give_up(Reason.STOPPED))
         await self._link.close()
 
     def _greet(self, greet: Greet) -> None:
@@ -210,8 +212,8 @@ class Agent:
             raise JobFailed(f"{self._releases} cannot be written ({error.strerror}), so nothing leaves") from None
 
     async def _run(self, assembled: Assembled, server: str, folder: Path) -> list[Path]:
-        party = self._party = assembled.party
-        began = told = time.monotonic()
+        party, self._running = assembled.party, assembled
+        self._began = self._told = time.monotonic()
         try:
             await self._post(party.start())
             while not party.ended:
@@ -224,17 +226,27 @@ class Agent:
                     raise
                 for frame in received:
                     await self._post(party.receive(server, frame))
-                if (now := time.monotonic()) - told > 0.25:
-                    told = now
-                    self._tell(assembled, "running", "", now - began)
+                self._show()
         finally:
-            self._party = None
+            self._running = None
         assembled.ledger.end("done")
-        return result_of(assembled, time.monotonic() - began).write(folder)
+        return result_of(assembled, time.monotonic() - self._began).write(folder)
 
     async def _post(self, out: Out) -> None:
         for _, made in out:
-            await self._link.send(b"".join(made))
+            if made:
+                await self._link.send(b"".join(made))
+            else:  # a turn of this site alone
+                self._show()
+                await asyncio.sleep(0)
+                if self._stopping:
+                    return
+
+    def _show(self) -> None:
+        """Tells how the running job stands, a few times a second."""
+        if self._running is not None and (now := time.monotonic()) - self._told > 0.25:
+            self._told = now
+            self._tell(self._running, "running", "", now - self._began)
 
     def _tell(self, assembled: Assembled, state: str, message: str = "", seconds: float | None = None) -> None:
         session, losses = assembled.party.session, assembled.party.worker.losses
