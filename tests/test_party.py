@@ -51,7 +51,8 @@ def ends(whole: Federation, wire: Wire) -> dict[str, PartwayError]:
     def post(party: str, out) -> None:
         try:
             for link, made in out:
-                wire.put(party, link, b"".join(made))
+                if made:
+                    wire.put(party, link, b"".join(made))
         except PartwayError as error:
             failed[party] = error
 
