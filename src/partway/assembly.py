@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from partway.config import Job, Optimizer, Policy
+from partway.cost import Cost, forecast
 from partway.data import thyroid
 from partway.data.records import Records, Schema
 from partway.egress import Door, Tap
@@ -36,6 +37,7 @@ from partway.plan.schedules import (
 )
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
 from partway.protocol.messages import Reason
+from partway.protocol.net import compile
 from partway.report import Result, machine
 from partway.shapes import Piece, Shapes, measure
 from partway.train import metrics
@@ -168,6 +170,20 @@ def shapes_of(job: Job, plan: Plan, network: Network, schema: Schema) -> Shapes:
         words={torch.float32: 1, torch.float64: 2}[dtype] if blind else 0,
         tally_words=2 if blind else 0,
     )
+
+
+def forecast_of(job: Job, schema: Schema, sizes: Sizes, server: str = "server") -> dict[str, Cost]:
+    """What each party of a job will spend, with nothing running.
+
+    Args:
+        sizes: records of each site in each part; its roster is made from them.
+    """
+    job = msgspec.structs.replace(job, roster=dict.fromkeys(sizes, ""))
+    network = network_of(job, Policy(networks=[job.network.build], most_parameters=2**31 - 1), schema)
+    plan, schedule = plan_of(job, server)
+    shapes = shapes_of(job, plan, network, schema)
+    turns = [(turn, compile(plan, turn)) for turn in schedule(sizes)]
+    return {party: forecast(shapes, party, turns) for party in plan.parties}
 
 
 @dataclass(kw_only=True)
