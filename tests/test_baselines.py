@@ -191,6 +191,51 @@ def test_large_batches_and_pooling_differ_in_cost_alone() -> None:
     assert large.cost != pooled.cost
 
 
+# -- half-trained
+
+
+def test_half_trained_is_three_plain_loops() -> None:
+    made: list[list[nn.Module]] = []
+    task = replace(task_of(), build=lambda: made.append(build()) or made[-1])
+    method = method_of(baselines.half_trained, optimizer=baselines.adam, budget=4, local_epochs=2, rounds=3)
+    found = baselines.half_trained(task, method, 0.01)
+
+    torch.manual_seed(task.seed)
+    bottom, trunk = build()
+    head = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    features = baselines.scaled_together(task.records)
+    sites = [baselines.rows({site: own}, features, "train") for site, own in task.records.items()]
+    first = replace(method, optimizer=baselines.momentum, budget=3)
+    weights = [n / sum(SIZES.values()) for n in SIZES.values()]
+    federated_averaging(nn.Sequential(bottom, head), sites, first, 0.03, task.seed, weights)
+    with torch.no_grad():
+        released = bottom(torch.cat([x for x, _ in sites])), torch.cat([y for _, y in sites])
+    optimizer, order = torch.optim.Adam(trunk.parameters(), 0.01), torch.Generator().manual_seed(task.seed)
+    client_update(trunk, optimizer, released, method.batch, found.kept["a"], order)
+    assert apart(made[0][0], bottom) < 1e-5
+    assert apart(made[0][1], trunk) < 1e-5
+    assert apart(made[0][0], build()[0]) > 1e-2
+
+
+def test_half_trained_bottoms_are_frozen() -> None:
+    made: list[list[nn.Module]] = []
+    task = replace(task_of(), build=lambda: made.append(build()) or made[-1])
+    method = method_of(baselines.half_trained, rounds=0)
+    baselines.half_trained(task, method, 0.03)
+    baselines.half_trained(task, replace(method, rounds=1), 0.03)
+    torch.manual_seed(task.seed)
+    bottom, trunk = build()
+    assert apart(made[0][0], bottom) == 0
+    assert apart(made[1][0], bottom) > 1e-3
+    assert apart(made[0][1], trunk) > 1e-3
+
+
+def test_half_trained_needs_one_cut() -> None:
+    task = replace(task_of(), build=lambda: [mlp(inputs=6, hidden=[8, 5], classes=3)])
+    with pytest.raises(UsageError, match="not 1 pieces; cut the network once"):
+        baselines.half_trained(task, method_of(baselines.half_trained), 0.03)
+
+
 # -- the best look
 
 
@@ -239,14 +284,14 @@ def test_what_gets_worse_is_not_kept() -> None:
     assert torch.equal(network.outputs, right)
 
 
-RUNS = [baselines.pooled, baselines.alone, baselines.federated, baselines.large_batch]
+RUNS = [baselines.pooled, baselines.alone, baselines.federated, baselines.large_batch, baselines.half_trained]
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_longer_budget_begins_like_a_shorter_one(run: Any) -> None:
     """The weights kept are those of the look kept: to stop there comes to the same."""
     task = task_of({"a": 60})
-    long = method_of(run, budget=12)
+    long = method_of(run, budget=12, rounds=1)
     found = run(task, long, 0.1)
     short = run(task, replace(long, budget=found.kept["a"]), 0.1)
     assert (found.scores, found.everybody, found.kept) == (short.scores, short.everybody, short.kept)
@@ -322,6 +367,13 @@ def test_flops_are_those_that_torch_counts(run: Any) -> None:
     assert long[0] - short[0] == long[1] - short[1] > 0
 
 
+def test_flops_of_half_training_are_those_that_torch_counts() -> None:
+    methods = [method_of(baselines.half_trained, rounds=n, local_epochs=2) for n in (0, 1, 3)]
+    nothing, short, long = (counted(task_of(), method) for method in methods)
+    assert long[0] - short[0] == long[1] - short[1] > 0
+    assert nothing[1] == sum(n + 24 for n in SIZES.values()) * 2 * 6 * 8
+
+
 def test_cost_by_hand() -> None:
     task = task_of()
 
@@ -345,6 +397,14 @@ def test_cost_by_hand() -> None:
         bytes_up=steps * 4 * WEIGHTS + 3 * COUNTS,
         bytes_down=steps * 4 * WEIGHTS,
         exchanges=steps,
+    )
+    bottom, head, trunk = 6 * 8 + 8, 8 * 3 + 3, (8 * 5 + 5) + (5 * 3 + 3)
+    local = 2 * (6 * 8 + 8 * 3) + 2 * (6 * 8 + 2 * 8 * 3)
+    assert cost(baselines.half_trained, rounds=2, local_epochs=4) == Cost(
+        flops=2 * 4 * 33 * local + (33 + 24) * 2 * 6 * 8,
+        bytes_up=2 * 4 * (bottom + head) + (33 + 24) * (4 * 8 + 8),
+        bytes_down=2 * 4 * (bottom + head) + 4 * trunk,
+        exchanges=3,
     )
 
 

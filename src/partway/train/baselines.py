@@ -33,6 +33,8 @@ Rows = tuple[Tensor, Tensor]
 """Features (n, ...) and labels (n,)."""
 FLOAT, COUNT, LABEL = 4, 8, 8
 """Bytes of a weight, gradient, feature or activation in float32; of a count in float64; of a label in int64."""
+LOCAL_RATE = 0.03
+"""Learning rate of a half-trained bottom at its site, by SGD with momentum; `Method.rates` are the trunk's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,8 @@ class Method:
     """Records a step, at most."""
     local_epochs: int = 1
     """In a round, where weights are averaged."""
+    rounds: int = 0
+    """Before half-trained bottoms are frozen."""
 
     def at(self, rate: float) -> OptimizerOf:
         """The optimiser with a learning rate."""
@@ -175,6 +179,53 @@ def large_batch(task: Task, method: Method, rate: float) -> Trained:
         for site, own in task.records.items()
     }
     return replace(pooled(task, method, rate), cost=cost)
+
+
+def half_trained(task: Task, method: Method, rate: float) -> Trained:
+    """Bottoms trained partway at the sites and averaged, then frozen; then a trunk on what they make of the records.
+
+    First `method.rounds` rounds of federated averaging of the bottom with a linear head, each `method.local_epochs`
+    epochs at `LOCAL_RATE`; then every site releases its training and validation records' activations once, and the
+    trunk is trained on them like a pooled network, by `method`. It comes down once, at the end.
+
+    Raises:
+        UsageError: the task's network has not two pieces.
+    """
+    drawn = _drawn(task)
+    if len(drawn) != 2:
+        raise UsageError(f"half_trained needs a bottom and a trunk, not {len(drawn)} pieces; cut the network once")
+    bottom, trunk = drawn
+    features = scaled_together(task.records)
+    at_site, at_server = measured(drawn, task)
+    head = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(at_site.width, _schema(task).classes))
+    local = nn.Sequential(bottom, head)
+    first = rounds_of(
+        local,
+        lambda parameters: momentum(parameters, LOCAL_RATE),
+        _by_site(task, features),
+        method,
+        method.rounds,
+        task.seed,
+    )
+    for _ in first:
+        pass
+    bottom.eval()
+    with torch.no_grad():
+        released = {site: bottom(x) for site, x in features.items()}
+    epochs = epochs_of(trunk, method.at(rate), rows(task.records, released, "train"), method, task.seed)
+    looks = best_of(trunk, epochs, rows(task.records, released, "validation"), _schema(task).classes)
+    pieces = measured(local, task)
+    size = method.rounds * _bytes(pieces)
+    cost = {}
+    for site, own in task.records.items():
+        count = own.sizes["train"] + own.sizes["validation"]
+        cost[site] = Cost(
+            flops=_flops(pieces, own, method.rounds * method.local_epochs, 0) + count * at_site.forward,
+            bytes_up=size + count * (FLOAT * at_site.width + LABEL),
+            bytes_down=size + _bytes([at_server]),
+            exchanges=method.rounds + 1,
+        )
+    return _shared(task, released, trunk, looks, cost)
 
 
 def _drawn(task: Task) -> list[nn.Module]:
