@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from partway.model.zoo import mlp
 from partway.train import baselines, metrics
 from partway.train.baselines import Method, Rows, Task, Trained
 from partway.train.stopping import value
+from partway.train.tuning import METHODS, total, tuned
 
 SIZES = {"a": 60, "b": 33, "c": 9}
 
@@ -415,3 +417,37 @@ def test_cost_of_the_demo_network() -> None:
     assert bottom.size + trunk.size == 13_847
     assert bottom.forward + bottom.backward == 13_568
     assert sum(piece.forward + piece.backward for piece in (bottom, trunk)) == 77_696
+
+
+# -- the learning rate
+
+TUNED = method_of(baselines.federated, rates=(1e-4, 0.1, 30.0), budget=5)
+
+
+def test_the_best_on_validation_records_is_chosen_and_all_tries_are_paid_for() -> None:
+    tasks = [task_of(seed=1), task_of(seed=2)]
+    found = tuned(TUNED, tasks)
+    tried = replace(TUNED, budget=3)
+    runs = {rate: [baselines.federated(task, tried, rate) for task in tasks] for rate in TUNED.rates}
+    for rate, both in runs.items():
+        assert found.validation[rate] == pytest.approx(statistics.mean(max(r.validation["a"]) for r in both))
+    assert found.rate == max(found.validation, key=found.validation.__getitem__) == 0.1
+    for site, cost in found.cost.items():
+        assert cost == total(r.cost[site] for both in runs.values() for r in both)
+    assert found.cost["a"].exchanges == 3 * 3 * 2
+
+
+@pytest.mark.parametrize("run", [baselines.alone, baselines.pooled, baselines.federated, baselines.half_trained])
+def test_test_records_are_not_looked_at(run: Any) -> None:
+    method = replace(TUNED, run=run, rounds=1)
+    clean = tuned(method, [task_of()])
+    assert tuned(method, [task_of(test_labels=1)]) == clean
+    assert tuned(method, [task_of(validation_labels=1)]).validation != clean.validation
+
+
+def test_methods_have_equal_chances() -> None:
+    assert {len(method.rates) for method in METHODS.values()} == {3}
+    whole = {name: m.budget * m.local_epochs for name, m in METHODS.items() if m.run is baselines.federated}
+    assert set(whole.values()) == {METHODS["large batch"].budget}
+    assert {m.optimizer for name, m in METHODS.items() if name in whole} == {baselines.adam, baselines.momentum}
+    assert {m.local_epochs for name, m in METHODS.items() if name in whole} == {1, 5}
