@@ -25,6 +25,7 @@ from partway.attack.view import View
 from partway.config import Job, Policy, read_job
 from partway.cost import Cost
 from partway.data import thyroid
+from partway.data.records import Records
 from partway.equality import plain_run
 from partway.errors import UsageError
 from partway.local import SERVER, LocalFederation, Ran, toml
@@ -32,7 +33,6 @@ from partway.picture import draw
 from partway.report import machine, write_whole
 from partway.server.status import Status
 from partway.train import baselines
-from partway.train.baselines import Task
 from partway.train.metrics import Scores
 
 METHODS = ("alone", "split", "pooled")
@@ -191,22 +191,27 @@ def _job(seed: int) -> tuple[Job, Policy]:
 
 
 def _baselines(outcome: Outcome, seed: int) -> None:
+    """The job's epochs to their end, as in the split run: where one keeps its best epoch, all must."""
     job, allowed = _job(seed)
-    task = Task(
-        build=lambda: network_of(job, allowed, thyroid.SCHEMA).whole,
-        optimizer=optimizer_of(job.training.optimizer),
-        epochs=job.training.epochs,
-        records=thyroid.bundled(seed),
-    )
-    pooled = baselines.pooled(task, job.training.batch, seed)
-    outcome.add("pooled", dict(pooled.scores))
-    outcome.losses["pooled"].append(pooled.losses)
-    outcome.add("alone", dict(baselines.alone(task, ALONE_BATCH, seed).scores))
+    records, epochs = thyroid.bundled(seed), job.training.epochs
+
+    def learn(method: str, mine: dict[str, Records], batch: int) -> list[float]:
+        features = baselines.scaled_together(mine)
+        torch.manual_seed(seed)
+        network = network_of(job, allowed, thyroid.SCHEMA).whole
+        order = torch.Generator().manual_seed(seed)
+        batches = baselines.shuffled_batches(*baselines.rows(mine, features, "train"), batch, epochs, order)
+        losses = baselines.train(network, optimizer_of(job.training.optimizer), batches)
+        outcome.add(method, baselines.tested(network, mine, features)[0])
+        return losses
+
+    outcome.losses["pooled"].append(learn("pooled", records, job.training.batch))
     pieces = network_of(job, allowed, thyroid.SCHEMA).pieces.values()
     whole = sum(piece.forward + piece.backward for piece in pieces)
-    for site, own in task.records.items():
+    for site, own in records.items():
+        learn("alone", {site: own}, ALONE_BATCH)
         count, width = own.sizes["train"], own.schema.shape[0]
-        outcome.cost["alone"][site] = Cost(flops=task.epochs * count * whole)
+        outcome.cost["alone"][site] = Cost(flops=epochs * count * whole)
         # Every training record crosses once, as float32 with an int64 label, and nothing is computed at home.
         outcome.cost["pooled"][site] = Cost(bytes_up=count * (4 * width + 8), exchanges=1)
 
@@ -218,7 +223,8 @@ def _attack(outcome: Outcome, ran: Ran, seed: int) -> None:
     held = load_file(ran.folders[TELLS] / "network.safetensors")
     bottom.load_state_dict({name: held[name] for name in bottom.state_dict()})
     records = thyroid.bundled(seed)
-    rows = {site: baselines.training(records[site], x)[0] for site, x in baselines.scaled_together(records).items()}
+    features = baselines.scaled_together(records)
+    rows = {site: baselines.rows({site: own}, features, "train")[0] for site, own in records.items()}
     others = torch.cat([x for site, x in rows.items() if site != TELLS])
     chosen = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:CANDIDATES]]
     with torch.no_grad():
