@@ -448,6 +448,6 @@ def test_test_records_are_not_looked_at(run: Any) -> None:
 def test_methods_have_equal_chances() -> None:
     assert {len(method.rates) for method in METHODS.values()} == {3}
     whole = {name: m.budget * m.local_epochs for name, m in METHODS.items() if m.run is baselines.federated}
-    assert set(whole.values()) == {METHODS["large batch"].budget}
+    assert set(whole.values()) == {METHODS["large_batch_sgd"].budget}
     assert {m.optimizer for name, m in METHODS.items() if name in whole} == {baselines.adam, baselines.momentum}
     assert {m.local_epochs for name, m in METHODS.items() if name in whole} == {1, 5}

@@ -16,6 +16,7 @@ from partway.attack.ridge import decode, linkage
 from partway.attack.view import View
 
 SITES = {"other", "svi", "svhc", "stmw", "svhd"}
+METHODS = ["alone", "half_trained", "split", "u_shaped", "pooled", "fedavg", "large_batch_sgd"]
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +40,17 @@ def test_methods_by_site_and_seed(ran: tuple[dict[str, Any], Path]) -> None:
         "stmw": 254,
         "svhd": 71,
     }
-    for method in ("alone", "split", "pooled"):
-        found = words["methods"][method]
+    assert list(words["methods"]) == METHODS
+    for method, found in words["methods"].items():
         assert set(found["sites"]) == SITES
         for row in found["sites"].values():
             assert len(row["macro_auc"]) == len(row["balanced_accuracy"]) == 1
         assert found["mean"]["macro_auc"][0] <= 1
-    split, alone, pooled = (words["methods"][m]["mean"]["macro_auc"][0] for m in ("split", "alone", "pooled"))
-    assert split > alone + 0.05
-    assert abs(split - pooled) < 0.05
+        assert len(found["everybody"]["balanced_accuracy"]) == 1, method
+    everybody = {m: found["everybody"]["macro_auc"][0] for m, found in words["methods"].items()}
+    for method in ("half_trained", "split", "u_shaped", "fedavg"):
+        assert everybody[method] > everybody["alone"] + 0.05
+        assert abs(everybody[method] - everybody["pooled"]) < 0.05
 
 
 def test_cost_of_each_site(ran: tuple[dict[str, Any], Path]) -> None:
@@ -57,7 +60,21 @@ def test_cost_of_each_site(ran: tuple[dict[str, Any], Path]) -> None:
         for cost in by_site.values():
             assert set(cost) == {"flops", "bytes_up", "bytes_down", "exchanges"}
         assert (by_site["svi"]["bytes_up"] > 0) == (method != "alone")
-    assert words["cost"]["split"]["other"]["flops"] < words["cost"]["alone"]["other"]["flops"] / 4
+    spent = {m: words["cost"][m]["svi"] for m in METHODS}
+    assert spent["fedavg"]["flops"] > 9 * max(spent[m]["flops"] for m in ("half_trained", "split", "u_shaped"))
+    together = set(METHODS) - {"alone", "pooled", "half_trained"}
+    for figure in ("bytes_up", "exchanges"):
+        assert spent["half_trained"][figure] < min(spent[m][figure] for m in together)
+    assert words["raw_bytes"]["svi"] < spent["half_trained"]["bytes_up"]  # the honest line
+
+
+def test_learning_rates_are_paid_for(ran: tuple[dict[str, Any], Path]) -> None:
+    words, _ = ran
+    assert set(words["tuning"]) == set(METHODS)
+    for method, found in words["tuning"].items():
+        run = words["cost"][method]["svi"]
+        assert found["cost"]["svi"]["flops"] >= run["flops"]
+    assert set(words["fedavg_variants"]) == {f"fedavg_{n}_{how}" for n in (1, 5) for how in ("adam", "sgd")}
 
 
 def test_equality_and_its_negation(ran: tuple[dict[str, Any], Path]) -> None:
@@ -87,11 +104,12 @@ def test_the_cut_gives_patients_away(ran: tuple[dict[str, Any], Path]) -> None:
 
 def test_what_is_left(ran: tuple[dict[str, Any], Path]) -> None:
     words, home = ran
-    assert (home / "demo.png").stat().st_size > 20_000
+    for picture in ("sites", "costs", "curves"):
+        assert (home / f"{picture}.png").stat().st_size > 20_000
     assert json.loads((home / "result.json").read_text()) == words
     for party in SITES:
-        runs = list((home / "federation" / party / "runs").iterdir())
-        assert len(runs) == 2
+        runs = [path for path in (home / "federation" / party / "runs").iterdir() if path.is_dir()]
+        assert len(runs) == 4  # three methods, and the run that is compared weight by weight
         assert all(
             {p.name for p in r.iterdir()} == {"ledger.jsonl", "result.json", "network.safetensors"} for r in runs
         )
@@ -102,7 +120,7 @@ def test_without_matplotlib_the_demo_says_what_to_install(tmp_path: Path) -> Non
     command = [sys.executable, "-c", code, "demo", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 2
-    assert done.stderr == "partway: the demo draws a picture and needs matplotlib: install partway[demo]\n"
+    assert done.stderr == "partway: the demo draws pictures and needs matplotlib: install partway[demo]\n"
 
 
 # -- the attack

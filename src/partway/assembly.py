@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -57,6 +58,13 @@ def schema_of(job: Job) -> Schema:
     if job.records.schema == "thyroid":
         return thyroid.SCHEMA
     raise ConfigError("[records] schema = `dataset` is for partway.simulate, from Python; sites know `thyroid`")
+
+
+def sections_of(job: Job) -> dict[str, dict[str, Any]]:
+    """A job as the sections of its file, without the roster."""
+    words: dict[str, dict[str, Any]] = msgspec.to_builtins(job)
+    del words["roster"]
+    return words
 
 
 def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:

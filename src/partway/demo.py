@@ -1,133 +1,59 @@
-"""Five hospitals and a server on this machine, real processes over mutual TLS, beside training alone and pooled."""
+"""Five hospitals and a server on this machine, real processes over mutual TLS, beside everything they could do else."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from safetensors.torch import load_file
 
-from partway.assembly import network_of, optimizer_of
+from partway import tables
+from partway.assembly import network_of, sections_of
 from partway.attack.ridge import decode, linkage
 from partway.attack.view import View
+from partway.comparison import OURS, TITLES, TUNED_ON, Comparison, alternatives, job_of, trained_of, tune, workers
 from partway.config import Job, Policy, read_job
 from partway.cost import Cost
 from partway.data import thyroid
-from partway.data.records import Records
 from partway.equality import plain_run
 from partway.errors import UsageError
 from partway.local import SERVER, LocalFederation, Ran, toml
-from partway.picture import draw
-from partway.report import machine, write_whole
+from partway.picture import draw_all
+from partway.report import Result, machine, write_whole
 from partway.server.status import Status
 from partway.train import baselines
-from partway.train.metrics import Scores
+from partway.train.tuning import METHODS
 
-METHODS = ("alone", "split", "pooled")
-FIGURES = {"balanced_accuracy": "balanced accuracy", "macro_auc": "macro-AUC"}
-SMALL = "svhd"
-"""The site whose 25 test records say little."""
-ALONE_BATCH = 64
-"""Records a step where a site trains alone: smaller batches than together, for they favour small sites."""
 TELLS, CANDIDATES = "svi", 500
 """The site that tells the server what it knows, and how many of the others' records the server tries to name."""
-
-
-def job_words(seed: int, **training: Any) -> dict[str, dict[str, Any]]:
-    """The demo's job file, as sections."""
-    return {
-        "job": {"name": "thyroid", "seed": seed},
-        "network": {
-            "build": "partway.model.zoo:mlp",
-            "arguments": {"inputs": 29, "hidden": [64, 16, 128, 64], "classes": 7},
-            "cut": ["hidden.2"],
-        },
-        "training": {"epochs": 20, "batch": 256, "optimizer": {"name": "adam", "lr": 3e-3}, **training},
-        "evaluation": {"every": 4, "site_scores": True},
-        "result": {"bottom": "sites", "trunk": "everyone"},
-    }
-
-
-@dataclass
-class Outcome:
-    """All that the demo has found."""
-
-    seeds: list[int]
-    records: dict[str, int]
-    """Of each site."""
-    scores: dict[str, dict[str, list[Scores]]] = field(default_factory=lambda: {m: {} for m in METHODS})
-    """By method and site, one a seed."""
-    validation: list[list[dict[str, Any]]] = field(default_factory=list)
-    """Of the split runs, over all sites, by epoch; one a seed."""
-    losses: dict[str, list[Sequence[float]]] = field(default_factory=lambda: {"split": [], "pooled": []})
-    """Of each step; one a seed."""
-    cost: dict[str, dict[str, Cost]] = field(default_factory=lambda: {m: {} for m in METHODS})
-    """Of one run, by method and site."""
-    equality: dict[str, Any] = field(default_factory=dict)
-    linkage: list[float] = field(default_factory=list)
-    """One a seed."""
-    processes: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def add(self, method: str, scores: dict[str, Scores]) -> None:
-        for site, row in scores.items():
-            self.scores[method].setdefault(site, []).append(row)
-
-    def means(self, method: str, figure: str, without: str = "") -> list[float]:
-        """Over the sites, one a seed."""
-        rows = [r for site, r in self.scores[method].items() if site != without]
-        return [statistics.mean(getattr(row[n], figure) for row in rows) for n in range(len(self.seeds))]
-
-    def words(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {
-            "dataset": "thyroid",
-            "seeds": self.seeds,
-            "sites": {
-                site: {"records": self.records[site], "test_records": rows[0].records}
-                for site, rows in self.scores["split"].items()
-            },
-            "methods": {
-                method: {
-                    "sites": {site: _lists(rows) for site, rows in by_site.items()},
-                    "mean": {f: self.means(method, f) for f in FIGURES},
-                    f"mean_without_{SMALL}": {f: self.means(method, f, SMALL) for f in FIGURES},
-                }
-                for method, by_site in self.scores.items()
-            },
-            "cost": {m: {site: asdict(cost) for site, cost in by_site.items()} for m, by_site in self.cost.items()},
-            "equality": self.equality,
-            "attack": {
-                "how": "ridge regression from the cut back to the record",
-                "adversary": f"the server, told by {TELLS} what it knows",
-                "linkage_500": statistics.mean(self.linkage),
-                "each_seed": self.linkage,
-                "chance": 1 / CANDIDATES,
-            },
-            "federation": {"processes": self.processes},
-            "validation": self.validation,
-            "losses": {method: [list(map(float, run)) for run in runs] for method, runs in self.losses.items()},
-            "machine": machine(threads=1),
-            "seconds": round(self.seconds, 1),
-        }
-
-
-def _lists(rows: Sequence[Scores]) -> dict[str, list[Any]]:
-    return {
-        name: [getattr(r, name) for r in rows] for name in ("accuracy", "balanced_accuracy", "macro_auc", "classes")
-    }
+BASE: dict[str, dict[str, Any]] = {
+    "job": {"name": "thyroid"},
+    "network": {
+        "build": "partway.model.zoo:mlp",
+        "arguments": {"inputs": 29, "hidden": [64, 16, 128, 64], "classes": 7},
+        "cut": ["hidden.2", "hidden.7"],
+    },
+    "training": {"configuration": "u_shaped"},
+}
+"""The demo's network and records: 16 numbers a record cross the first cut, and in a U-shape 64 come back."""
+EQUAL: dict[str, dict[str, Any]] = {
+    **BASE,
+    "network": {**BASE["network"], "cut": ["hidden.2"]},
+    "training": {"epochs": 10, "dtype": "float64", "keep": "last"},
+    "evaluation": {"every": 0},
+    "result": {"trunk": "everyone"},
+}
+"""The run that is compared, weight by weight, with one loop over pooled records."""
 
 
 def demo(folder: Path, seeds: int, as_json: bool) -> None:
@@ -139,87 +65,85 @@ def demo(folder: Path, seeds: int, as_json: bool) -> None:
         as_json: print one JSON object instead of tables; progress goes to stderr.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("the demo draws a picture and needs matplotlib: install partway[demo]")
+        raise UsageError("the demo draws pictures and needs matplotlib: install partway[demo]")
     began, console = time.monotonic(), Console(stderr=as_json, highlight=False)
     home = folder / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     files = {path.name.removesuffix(".csv.gz"): path for path in thyroid.write_sites(home / "records")}
-    records = {site: len(own.labels) for site, own in thyroid.bundled(0).items()}
-    outcome = Outcome(list(range(seeds)), records)
-    console.print(f"{len(files)} sites and a server train one network on {sum(records.values()):,} thyroid records.")
-    console.print(f"Everything is left in {home}. On two cores this takes about {15 + 10 * seeds} s.")
-    with LocalFederation(home / "federation", files) as running:
-        with console.status("starting six processes, each with its own records, certificate, policy and ledger"):
-            running.start()
-        for seed in outcome.seeds:
-            with Show(console, running, f"seed {seed + 1} of {seeds}") as show:
-                ran = running.run(job_words(seed), show.update)
-            with console.status(f"seed {seed + 1} of {seeds}: the same alone and pooled, and an attack on the cut"):
-                _split(outcome, running, ran)
-                _baselines(outcome, seed)
-                _attack(outcome, ran, seed)
-        with Show(console, running, "equality: 200 steps in float64") as show:
-            ran = running.run(job_words(0, epochs=10, dtype="float64"), show.update)
-        with console.status("the same 200 steps in one loop over pooled records"):
-            _equality(outcome, running, ran)
-        _processes(outcome, running, ran.status)
-    outcome.seconds = time.monotonic() - began
-    words = outcome.words()
+    base, records = read_job(toml(BASE)), thyroid.bundled(0)
+    sizes = {site: records[site].sizes for site in sorted(records)}
+    found = Comparison(base, "thyroid", list(range(seeds)), thyroid.SCHEMA, sizes)
+    count = sum(len(own.labels) for own in records.values())
+    console.print(
+        f"{len(files)} sites and a server train one network on {count:,} thyroid records, {len(TITLES)} ways."
+    )
+    console.print(f"Everything is left in {home}. On two cores this takes about {80 + 55 * seeds} s.")
+    more: dict[str, Any] = {"attack": [], "federation": {}}
+    with workers() as pool:
+        with console.status("") as line:
+            for name, chosen in tune(pool, base, thyroid.bundled(TUNED_ON)):
+                found.tuning[name] = chosen
+                line.update(f"learning rates, three for each method: {len(found.tuning)} of {len(METHODS)} are found")
+        with LocalFederation(home / "federation", files, {"most_releases": seeds}) as running:
+            with console.status("starting six processes, each with its own records, certificate, policy and ledger"):
+                running.start()
+            for seed in found.seeds:
+                title = f"seed {seed + 1} of {seeds}"
+                for method in OURS:
+                    job = job_of(base, method, found.rate(method), seed)
+                    with Show(console, running, f"{title}: {TITLES[method]}") as show:
+                        ran = running.run(sections_of(job), show.update)
+                    found.runs.setdefault(method, []).append(trained_of(_result(running, ran)))
+                    if method == "split":
+                        more["attack"].append(_attack(job, ran, seed))
+                rates = {name: t.rate for name, t in found.tuning.items() if name not in OURS}
+                with console.status(title) as line:
+                    for name, trained in alternatives(pool, base, thyroid.bundled(seed), rates, seed):
+                        found.runs.setdefault(name, []).append(trained)
+                        line.update(f"{title}: the alternatives, as plain loops; {name} has ended")
+            with Show(console, running, "equality: 200 steps in float64") as show:
+                ran = running.run(EQUAL, show.update)
+            with console.status("the same 200 steps in one loop over pooled records"):
+                more["equality"] = _equality(running, ran)
+            more["federation"]["processes"] = _processes(running, ran.status)
+    seconds = time.monotonic() - began
+    words = _words(found, more, seconds)
     write_whole(home / "result.json", json.dumps(words, indent=2).encode())
-    draw(words, home / "demo.png")
+    pictures = draw_all(words, home)
     if as_json:
         print(json.dumps(words))
     else:
-        tell(console, outcome, home)
+        tell(console, found, words)
+        console.print(f"\n{seconds:.0f} s. In {home}:\n  result.json, {', '.join(path.name for path in pictures)}")
+        console.print("  federation/<party>/runs: each party's ledger, result and weights, a folder a job")
 
 
 # -- what is run
 
 
-def _split(outcome: Outcome, running: LocalFederation, ran: Ran) -> None:
-    for site in running.sites:
-        own = ran.result(site)
-        outcome.add("split", {site: Scores(**own["sites"][site])})
-        outcome.cost["split"][site] = Cost(**own["cost"][site])
+def _result(running: LocalFederation, ran: Ran) -> Result:
+    """What server and sites have left of a job, as one result."""
     at_server = ran.result(SERVER)
-    outcome.validation.append(at_server["validation"])
-    outcome.losses["split"].append(at_server["losses"])
+    own = {site: ran.result(site) for site in running.sites}
+    return Result(
+        job=at_server["job"],
+        party="demo",
+        losses=at_server["losses"] or _added([o["losses"] for o in own.values()]),
+        validation=at_server["validation"],
+        all=at_server["all"],
+        sites={site: words["sites"][site] for site, words in own.items()},
+        cost={site: Cost(**words["cost"][site]) for site, words in own.items()},
+    )
 
 
-def _job(seed: int) -> tuple[Job, Policy]:
-    job = read_job(toml(job_words(seed)))
-    return job, Policy(networks=[job.network.build])
+def _added(losses: list[list[float]]) -> list[float]:
+    """In a U-shape each site has its part of a step's loss; not every site in every step, so this is near the sum."""
+    return [sum(part) for part in zip(*losses, strict=False)]
 
 
-def _baselines(outcome: Outcome, seed: int) -> None:
-    """The job's epochs to their end, as in the split run: where one keeps its best epoch, all must."""
-    job, allowed = _job(seed)
-    records, epochs = thyroid.bundled(seed), job.training.epochs
-
-    def learn(method: str, mine: dict[str, Records], batch: int) -> list[float]:
-        features = baselines.scaled_together(mine)
-        torch.manual_seed(seed)
-        network = network_of(job, allowed, thyroid.SCHEMA).whole
-        order = torch.Generator().manual_seed(seed)
-        batches = baselines.shuffled_batches(*baselines.rows(mine, features, "train"), batch, epochs, order)
-        losses = baselines.train(network, optimizer_of(job.training.optimizer), batches)
-        outcome.add(method, baselines.tested(network, mine, features)[0])
-        return losses
-
-    outcome.losses["pooled"].append(learn("pooled", records, job.training.batch))
-    pieces = network_of(job, allowed, thyroid.SCHEMA).pieces.values()
-    whole = sum(piece.forward + piece.backward for piece in pieces)
-    for site, own in records.items():
-        learn("alone", {site: own}, ALONE_BATCH)
-        count, width = own.sizes["train"], own.schema.shape[0]
-        outcome.cost["alone"][site] = Cost(flops=epochs * count * whole)
-        # Every training record crosses once, as float32 with an int64 label, and nothing is computed at home.
-        outcome.cost["pooled"][site] = Cost(bytes_up=count * (4 * width + 8), exchanges=1)
-
-
-def _attack(outcome: Outcome, ran: Ran, seed: int) -> None:
+def _attack(job: Job, ran: Ran, seed: int) -> float:
     """The server, told by one site what it knows, decodes the others' training records from the cut."""
-    job, allowed = _job(seed)
-    bottom = next(iter(network_of(job, allowed, thyroid.SCHEMA).modules.values()))
+    allowed = Policy(networks=[job.network.build])
+    bottom = network_of(job, allowed, thyroid.SCHEMA).modules["bottom"]
     held = load_file(ran.folders[TELLS] / "network.safetensors")
     bottom.load_state_dict({name: held[name] for name in bottom.state_dict()})
     records = thyroid.bundled(seed)
@@ -230,13 +154,13 @@ def _attack(outcome: Outcome, ran: Ran, seed: int) -> None:
     with torch.no_grad():
         known, seen = bottom(rows[TELLS]), bottom(chosen)
     view = View(known_records=rows[TELLS], known_activations=known, seen_activations=seen)
-    outcome.linkage.append(linkage(decode(view), chosen))
+    return linkage(decode(view), chosen)
 
 
-def _equality(outcome: Outcome, running: LocalFederation, ran: Ran) -> None:
+def _equality(running: LocalFederation, ran: Ran) -> dict[str, Any]:
     """The real run in float64 over TLS against one loop, and against a loop in another order, which must differ."""
     roster = {site: running.fingerprints[site] for site in running.sites}
-    job = read_job(toml({**job_words(0, epochs=10, dtype="float64"), "roster": roster}))
+    job = read_job(toml({**EQUAL, "roster": roster}))
     parties = (SERVER, *running.sites)
     secrets = {party: running.secret(party) for party in parties}
     held = [load_file(next(ran.folders[party].glob("*.safetensors"))) for party in parties]
@@ -250,7 +174,7 @@ def _equality(outcome: Outcome, running: LocalFederation, ran: Ran) -> None:
 
     parameters, loss = apart(other_order=False)
     control, _ = apart(other_order=True)
-    outcome.equality = {
+    return {
         "steps": len(told),
         "dtype": "float64",
         "loss": loss,
@@ -259,16 +183,35 @@ def _equality(outcome: Outcome, running: LocalFederation, ran: Ran) -> None:
     }
 
 
-def _processes(outcome: Outcome, running: LocalFederation, status: Status) -> None:
+def _processes(running: LocalFederation, status: Status) -> list[dict[str, Any]]:
     """Who took part, over what, and what each end has counted since it connected."""
-    tls = running.tls_version()
+    tls, rows = running.tls_version(), []
     for process in running.processes.values():
         sent, received = sum(status.bytes_sent.values()), sum(status.bytes_received.values())
         if process.role == "site":
             running.wait_for_state(process.name, "done")
             sent, received = process.said["bytes_sent"], process.said["bytes_received"]
         row = {"role": process.role, "name": process.name, "pid": process.pid, "fingerprint": process.fingerprint}
-        outcome.processes.append({**row, "tls": tls, "bytes_sent": sent, "bytes_received": received})
+        rows.append({**row, "tls": tls, "bytes_sent": sent, "bytes_received": received})
+    return rows
+
+
+def _words(found: Comparison, more: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    return {
+        **found.words(),
+        "equality": more["equality"],
+        "attack": {
+            "how": "ridge regression from the cut back to the record",
+            "adversary": f"the server, told by {TELLS} what it knows",
+            "linkage_500": statistics.mean(more["attack"]),
+            "each_seed": more["attack"],
+            "chance": 1 / CANDIDATES,
+        },
+        "federation": more["federation"],
+        "machine": machine(threads=1),
+        "seconds": round(seconds, 1),
+    }
 
 
 # -- what is shown
@@ -316,70 +259,28 @@ class Show:
         self._live.update(Group(title, table))
 
 
-def tell(console: Console, outcome: Outcome, home: Path) -> None:
+def tell(console: Console, found: Comparison, words: dict[str, Any]) -> None:
     """Tables and lines for a person."""
-    for figure, title in FIGURES.items():
-        console.print(_scores(outcome, figure, title))
-    console.print(_costs(outcome))
-    equal, linked = outcome.equality, statistics.mean(outcome.linkage)
-    small = outcome.scores["split"][SMALL][0].records
-    console.print(
-        f"Figures are over the classes with at least 3 positive and 3 negative test records of the site; {SMALL} has "
-        f"{small} test records, which say little. Alone: batches of {ALONE_BATCH}, own statistics; else of 256. The "
-        "split run's cost includes its evaluations.\n"
+    for made in tables.everything(found):
+        console.print(made)
+    equal, linked = words["equality"], words["attack"]["linkage_500"]
+    lines = [
+        *tables.notes(found),
         f"Equal: after {equal['steps']} steps in {equal['dtype']} over TLS, with blind sums, no weight at any party is "
-        f"further than {equal['parameters']:.0e} from one loop over pooled records (in another order: "
-        f"{equal['negative_control']:.0e}).\n"
+        f"further than {_above(equal['parameters'])} from one loop over pooled records (in another order: "
+        f"{equal['negative_control']:.0e}).",
         f"Private: no. With this cut, a server that {TELLS} tells what it knows picks the right patient of "
-        f"{CANDIDATES} in {100 * linked:.0f} of 100 cases (chance: 0.2): training partway alone is not privacy.\n"
-        f"\n{outcome.seconds:.0f} s. In {home}:\n  result.json, demo.png\n"
-        "  federation/<party>/runs: each party's ledger, result and weights",
-        soft_wrap=False,
-    )
+        f"{CANDIDATES} in {100 * linked:.0f} of 100 cases (chance: 0.2): training partway alone is not privacy.",
+    ]
+    for line in lines:
+        console.print(f"\n{line}", soft_wrap=False)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("site")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+def _above(value: float) -> str:
+    """One digit, rounded up.
 
-
-def _scores(outcome: Outcome, figure: str, title: str) -> Table:
-    seeds = f"mean ± s.d. of {len(outcome.seeds)} seeds"
-    table = _table(f"{title}, each site's own test patients, {seeds}", "records", *METHODS, "split-alone")
-    for site, count in outcome.records.items():
-        rows = [[getattr(r, figure) for r in outcome.scores[method][site]] for method in METHODS]
-        table.add_row(site, f"{count:,}", *map(_spread, rows), _gain(rows))
-    for name, without in (("mean", ""), (f"without {SMALL}", SMALL)):
-        rows = [outcome.means(method, figure, without) for method in METHODS]
-        table.add_row(name, "", *map(_spread, rows), _gain(rows), style="bold")
-    return table
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    known = [v for v in values if v is not None]
-    if not known:
-        return "none"
-    return f"{statistics.mean(known):.3f}±{statistics.stdev(known) if len(known) > 1 else 0:.3f}"
-
-
-def _gain(rows: Sequence[Sequence[float]]) -> str:
-    alone, split, _ = rows
-    return f"{statistics.mean(b - a for a, b in zip(alone, split, strict=True)):+.3f}"
-
-
-def _costs(outcome: Outcome) -> Table:
-    computed = (f"MFLOP {method}" if method == METHODS[0] else method for method in METHODS)
-    table = _table("what one run costs a site", *computed, "split: MB up", "MB down", "exchanges")
-    for site in outcome.records:
-        split = outcome.cost["split"][site]
-        table.add_row(
-            site,
-            *(f"{outcome.cost[method][site].flops / 1e6:,.0f}" for method in METHODS),
-            f"{split.bytes_up / 1e6:.1f}",
-            f"{split.bytes_down / 1e6:.1f}",
-            f"{split.exchanges:,}",
-        )
-    return table
+    >>> _above(5.2e-15)
+    '6e-15'
+    """
+    exponent = math.floor(math.log10(value)) if value else 0
+    return f"{math.ceil(value / 10.0**exponent)}e{exponent:+03d}" if value else "0"

@@ -20,16 +20,16 @@ MOMENTUM = (0.01, 0.03, 0.1)
 METHODS: Mapping[str, Method] = {
     "alone": Method(run=alone, optimizer=adam, rates=ADAM, budget=40, batch=64),
     "pooled": Method(run=pooled, optimizer=adam, rates=ADAM, budget=40, batch=256),
-    "large batch": Method(run=large_batch, optimizer=adam, rates=ADAM, budget=100, batch=1024),
-    "federated 1, Adam": Method(run=federated, optimizer=adam, rates=ADAM, budget=100, batch=64),
-    "federated 5, Adam": Method(run=federated, optimizer=adam, rates=ADAM, budget=20, batch=64, local_epochs=5),
-    "federated 1, SGD": Method(run=federated, optimizer=momentum, rates=MOMENTUM, budget=100, batch=64),
-    "federated 5, SGD": Method(run=federated, optimizer=momentum, rates=MOMENTUM, budget=20, batch=64, local_epochs=5),
-    "half-trained": Method(
+    "large_batch_sgd": Method(run=large_batch, optimizer=adam, rates=ADAM, budget=100, batch=1024),
+    "fedavg_1_adam": Method(run=federated, optimizer=adam, rates=ADAM, budget=100, batch=64),
+    "fedavg_5_adam": Method(run=federated, optimizer=adam, rates=ADAM, budget=20, batch=64, local_epochs=5),
+    "fedavg_1_sgd": Method(run=federated, optimizer=momentum, rates=MOMENTUM, budget=100, batch=64),
+    "fedavg_5_sgd": Method(run=federated, optimizer=momentum, rates=MOMENTUM, budget=20, batch=64, local_epochs=5),
+    "half_trained": Method(
         run=half_trained, optimizer=adam, rates=ADAM, budget=40, batch=64, local_epochs=10, rounds=3
     ),
 }
-"""By name; the number after `federated` is its local epochs in a round. What learns a whole network at the sites from
+"""By name; the number after `fedavg` is its local epochs in a round. What learns a whole network at the sites from
 averages or sums goes through its records 100 times, for it learns more slowly; else it is 40 times, and 30 for the
 bottom of what is half-trained."""
 TRIED = 0.5
