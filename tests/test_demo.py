@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,9 @@ def test_what_is_left(ran: tuple[dict[str, Any], Path]) -> None:
     for picture in ("sites", "costs", "curves"):
         assert (home / f"{picture}.png").stat().st_size > 20_000
     assert json.loads((home / "result.json").read_text()) == words
+    page = (home / "page.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.search(r"(src|href)=.(?!data:)|@import|url\(", page)  # it loads nothing
     for party in SITES:
         runs = [path for path in (home / "federation" / party / "runs").iterdir() if path.is_dir()]
         assert len(runs) == 4  # three methods, and the run that is compared weight by weight

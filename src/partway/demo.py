@@ -28,6 +28,7 @@ from partway.data import thyroid
 from partway.equality import plain_run
 from partway.errors import UsageError
 from partway.local import SERVER, LocalFederation, Ran, toml
+from partway.page import page
 from partway.picture import draw_all
 from partway.report import Result, machine, write_whole
 from partway.server.status import Status
@@ -109,11 +110,17 @@ def demo(folder: Path, seeds: int, as_json: bool) -> None:
     words = _words(found, more, seconds)
     write_whole(home / "result.json", json.dumps(words, indent=2).encode())
     pictures = draw_all(words, home)
+    sentences = [*tables.notes(found), *_sentences(words)]
+    write_whole(home / "page.html", page(words, sentences, pictures).encode())
     if as_json:
         print(json.dumps(words))
     else:
-        tell(console, found, words)
-        console.print(f"\n{seconds:.0f} s. In {home}:\n  result.json, {', '.join(path.name for path in pictures)}")
+        for made in tables.everything(found):
+            console.print(made)
+        for sentence in sentences:
+            console.print(f"\n{sentence}")
+        console.print(f"\n{seconds:.0f} s. In {home}:\n  page.html, all of this to look at and hand on")
+        console.print(f"  result.json, {', '.join(path.name for path in pictures)}")
         console.print("  federation/<party>/runs: each party's ledger, result and weights, a folder a job")
 
 
@@ -259,21 +266,16 @@ class Show:
         self._live.update(Group(title, table))
 
 
-def tell(console: Console, found: Comparison, words: dict[str, Any]) -> None:
-    """Tables and lines for a person."""
-    for made in tables.everything(found):
-        console.print(made)
+def _sentences(words: dict[str, Any]) -> list[str]:
+    """What real processes have shown besides."""
     equal, linked = words["equality"], words["attack"]["linkage_500"]
-    lines = [
-        *tables.notes(found),
+    return [
         f"Equal: after {equal['steps']} steps in {equal['dtype']} over TLS, with blind sums, no weight at any party is "
         f"further than {_above(equal['parameters'])} from one loop over pooled records (in another order: "
         f"{equal['negative_control']:.0e}).",
         f"Private: no. With this cut, a server that {TELLS} tells what it knows picks the right patient of "
         f"{CANDIDATES} in {100 * linked:.0f} of 100 cases (chance: 0.2): training partway alone is not privacy.",
     ]
-    for line in lines:
-        console.print(f"\n{line}", soft_wrap=False)
 
 
 def _above(value: float) -> str:

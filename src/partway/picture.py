@@ -107,7 +107,7 @@ def costs(found: Mapping[str, Any]) -> Any:
     panels[0].set_xlabel("balanced accuracy,\neverybody's patients")
     panels[0].set_yticks(range(len(methods)), [found["methods"][m]["title"] for m in methods])
     panels[0].invert_yaxis()
-    what = {"flops": ("computation, MFLOP", 1e6), "bytes": ("bytes both ways, MB", 1e6), "exchanges": ("exchanges", 1)}
+    what = {"flops": ("computation, MFLOP", 1e6), "bytes": ("both ways, MB", 1e6), "exchanges": ("exchanges", 1)}
     for axes, (key, (title, unit)) in zip(panels[1:], what.items(), strict=True):
         spent = {m: statistics.mean(_of(c, key) for c in found["cost"][m].values()) / unit for m in methods}
         some = [v for v in spent.values() if v]
@@ -118,7 +118,7 @@ def costs(found: Mapping[str, Any]) -> Any:
             axes.text(value or min(some) / 2, place, f" {words}" if value else " none", va="center", fontsize=9)
         axes.set_xscale("log")
         axes.set_xlim(min(some) / 2, max(some) * 12)
-        axes.set_xlabel(f"{title}, a mean site,\none run (log. scale)")
+        axes.set_xlabel(f"{title}\n(mean site, one run, log.)")
     for axes in panels:
         axes.grid(axis="x", color="#eeeeee")
         axes.set_axisbelow(True)
