@@ -58,10 +58,13 @@ def unsplit_step_ms(steps: int = 1000) -> float:
     return 1000 * (time.process_time() - began) / steps
 
 
-def report(name: str, claims: Sequence[Claim], lines: Sequence[str], cores: int) -> Path:
-    """Writes `reports/<name>-<date>.md`, and prints the claims, one line of JSON each."""
+def report(name: str, claims: Sequence[Claim], lines: Sequence[str], cores: int, quick: bool) -> Path:
+    """Writes `reports/<name>-<date>.md`, and prints the claims, one line of JSON each.
+
+    A quick run's report has `quick` in its name, so that it stands in no full one's place.
+    """
     REPORTS.mkdir(exist_ok=True)
-    path = REPORTS / f"{name}-{date.today().isoformat()}.md"
+    path = REPORTS / f"{name}-{'quick-' if quick else ''}{date.today().isoformat()}.md"
     on: Mapping[str, Any] = machine(threads=1) | {"cores": cores}
     rows = [f"| {c.name} | {c.value:.3g} {c.unit} | {c.bar} | {'yes' if c.holds else '**no**'} |" for c in claims]
     text = [

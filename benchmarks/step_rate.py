@@ -140,7 +140,7 @@ def tell(runs: dict[str, list[Timed]], quick: bool) -> None:
             f"| {spread([r.cpu_ms[SERVER] for r in timed])} | {spread(site)} |"
         )
     lines += ["", "```toml", as_toml(job(0, 30, batch=256, sums="blind")).strip(), "```", "", "![](PICTURE)"]
-    path = report("step_rate", claims, lines, len(os.sched_getaffinity(0)))
+    path = report("step_rate", claims, lines, len(os.sched_getaffinity(0)), quick)
     picture = path.with_suffix(".png")
     path.write_text(path.read_text().replace("PICTURE", picture.name))
     draw(runs, REPORTS / picture.name)

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from federations import SIZES, job_of, small
 from partway import pki
@@ -193,13 +194,29 @@ def test_the_server_holds_every_site_s_last_head(tmp_path: Path) -> None:
         assert all(e["edge"].startswith("ACCOUNT") for line in rest for e in line.get("edges", ()))
 
 
-@pytest.mark.parametrize("configuration", ["vanilla", "u_shaped"])
-def test_cost_is_forecast_to_the_byte_and_counted(tmp_path: Path, configuration: str) -> None:
-    whole, _ = finished(tmp_path, configuration=configuration)
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"configuration": "vanilla"},
+        {"configuration": "u_shaped"},
+        {"schedule": "half_trained", "half_trained": {"rounds": 2, "local_epochs": 2, "synchronous_epochs": 1}},
+    ],
+)
+def test_cost_is_forecast_to_the_byte_and_counted(tmp_path: Path, training: dict[str, Any]) -> None:
+    with FlopCounterMode(display=False) as counter:
+        assembled_alone = small(job_of(**training))
+    beside = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        whole, _ = finished(tmp_path, **training)
+    counted_by_torch = counter.get_total_flops() - beside
+    assert counted_by_torch == sum(a.party.cost.flops for a in whole.parties.values()) > 0
+    assert all(a.party.cost.flops == 0 for a in assembled_alone.parties.values())
     for party, assembled in whole.parties.items():
         session, counted = assembled.party.session, assembled.party.cost
         told = forecast(assembled.party.worker.shapes, party, zip(session.turns, session.nets, strict=True))
         assert (told.flops, told.bytes_up, told.bytes_down) == (counted.flops, counted.bytes_up, counted.bytes_down)
+        if party != "server":  # which waits for several at once, in the order in which they come
+            assert abs(told.exchanges - counted.exchanges) <= 1
         assert counted.exchanges > 0
         assert counted.flops > 0
 

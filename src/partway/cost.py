@@ -30,10 +30,11 @@ def forecast(shapes: Shapes, me: str, turns: Iterable[tuple[Turn, Net]]) -> Cost
         if me not in net.parts:
             continue
         for task, work in net.tasks.items():
-            piece = shapes.pieces.get(task.what.segment)
-            if work.at == me and piece is not None and task.kind in ("forward", "backward"):
-                records = shapes.plan.rows(task.what, turn.rows[task.micro_batch])
-                cost.flops += records * (piece.forward if task.kind == "forward" else piece.backward)
+            name = task.what.segment
+            if work.at == me and name in shapes.pieces and task.kind in ("forward", "backward"):
+                forward = task.kind == "forward"
+                flops = shapes.pieces[name].forward if forward else shapes.backward(turn, name)
+                cost.flops += flops * shapes.plan.rows(task.what, turn.rows[task.micro_batch])
         for post, route in net.letters.items():
             if me in (route.sender, route.receiver):
                 size = shapes.of(turn, post, route.sender, route.receiver).nbytes

@@ -29,7 +29,9 @@ class Piece:
     forward: int
     """FLOPs for one record, 2 for a multiply-add."""
     backward: int
-    """FLOPs for one record."""
+    """FLOPs for one record, the gradient for what stands before it among them."""
+    backward_alone: int
+    """The same where nothing before it wants a gradient."""
 
     @property
     def width(self) -> int:
@@ -47,15 +49,10 @@ def measure(module: nn.Module, example: Tensor, first: bool) -> tuple[Piece, Ten
     """
     training = module.training
     module.eval()
-    inputs = example.detach().clone().requires_grad_(not first)
     with FlopCounterMode(display=False) as forward:
-        output = module(inputs)
-    backward = 0
-    if output.requires_grad:
-        with FlopCounterMode(display=False) as counter:
-            output.sum().backward()
-        backward = counter.get_total_flops()
-        module.zero_grad(set_to_none=True)
+        output = module(example.detach())
+    alone = _backward(module, example.detach().clone())
+    backward = alone if first else _backward(module, example.detach().clone().requires_grad_())
     module.train(training)
     piece = Piece(
         output=tuple(output.shape[1:]),
@@ -63,8 +60,20 @@ def measure(module: nn.Module, example: Tensor, first: bool) -> tuple[Piece, Ten
         state=tuple(spec_of(name, tensor) for name, tensor in module.state_dict().items()),
         forward=forward.get_total_flops(),
         backward=backward,
+        backward_alone=alone,
     )
     return piece, output.detach()
+
+
+def _backward(module: nn.Module, inputs: Tensor) -> int:
+    """FLOPs of a backward through a piece."""
+    output = module(inputs)
+    if not output.requires_grad:
+        return 0
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    module.zero_grad(set_to_none=True)
+    return int(counter.get_total_flops())
 
 
 class Carried(NamedTuple):
@@ -106,6 +115,11 @@ class Shapes:
         if key not in self._known:
             self._known[key] = self._carried(*key)
         return self._known[key]
+
+    def backward(self, turn: Turn, segment: str) -> int:
+        """FLOPs of a segment's backward for one record of a turn."""
+        wanted = any(edge.gradient and edge.target == segment for edge in self.plan.edges(turn.flow))
+        return self.pieces[segment].backward if wanted else self.pieces[segment].backward_alone
 
     def sealed(self, sender: str, receiver: str) -> bool:
         """Letters between two parties that are not the hub pass through it, and are sealed from it."""

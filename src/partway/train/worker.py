@@ -283,7 +283,7 @@ class Worker:
             loss = self._loss_of[copy, m]
             loss.backward()  # type: ignore[no-untyped-call]
             self.losses.append(loss.detach())
-        self.cost.flops += self.plan.rows(copy, self._turn.rows[m]) * self.shapes.pieces[copy.segment].backward
+        self.cost.flops += self.plan.rows(copy, self._turn.rows[m]) * self.shapes.backward(self._turn, copy.segment)
 
     # -- sums and updates, for the turn
 
