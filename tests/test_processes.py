@@ -606,13 +606,13 @@ def test_a_server_that_is_not_there(records: dict[str, Path], tmp_path: Path) ->
 
 
 def test_a_site_s_records_are_read_before_anything_is_connected(tmp_path: Path) -> None:
-    (tmp_path / "records.csv").write_text("age,sex\n29,F\n")
+    (tmp_path / "records.csv").write_text("age,sex\n29\n")
     LocalFederation(tmp_path, {"svi": tmp_path / "records.csv"})
     file = tmp_path / "svi" / "site.toml"
     file.write_text(file.read_text().replace("localhost:0", "localhost:1"))
     _, said = partway("site", "start", str(file), expect=2)
-    assert "records.csv: no column on_thyroxine" in said
-    with pytest.raises(JobFailed, match=r"svi has ended: partway: .* no column"):
+    assert "records.csv, line 2: another number of values than columns" in said
+    with pytest.raises(JobFailed, match=r"svi has ended: partway: .* another number of values"):
         raise_end(tmp_path, file)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from partway.config import Job, Optimizer, Policy
 from partway.cost import Cost, forecast
-from partway.data import thyroid
 from partway.data.records import Records, Schema
+from partway.data.schema import columns_of, layout
 from partway.egress import Door, Tap
 from partway.errors import ConfigError
 from partway.ledger import Ledger
@@ -55,9 +55,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def schema_of(job: Job) -> Schema:
     """What a record of this job looks like. Raises `ConfigError` where only Python can say."""
-    if job.records.schema == "thyroid":
-        return thyroid.SCHEMA
-    raise ConfigError("[records] schema = `dataset` is for partway.simulate, from Python; sites know `thyroid`")
+    return layout(columns_of(job), job.records.scale)
 
 
 def sections_of(job: Job) -> dict[str, dict[str, Any]]:
@@ -75,7 +73,7 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         seed=job.job.seed,
         epochs=training.epochs,
         batch=training.batch,
-        standardise=job.records.schema != "dataset",
+        standardise=job.columns is not None and schema_of(job).numeric > 0,
         validate_every=evaluation.every if evaluation.trunk_travels or half_trained else 0,
         keep_best=training.keep == "best",
         test=evaluation.trunk_travels,
@@ -141,7 +139,10 @@ def network_of(job: Job, policy: Policy, schema: Schema) -> Network:
         width = tuple(whole(example).shape)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"[network] {terms.build} takes no records of shape {schema.shape}: {reason}") from None
+        gives = f"a record gives {schema.shape[0]} inputs: " if len(schema.shape) == 1 else ""
+        raise ConfigError(
+            f"[network] {terms.build} takes no records of shape {schema.shape}: {gives}{reason}"
+        ) from None
     if width != (4, schema.classes):
         told = f"[network] {terms.build} puts out {width[1:]} numbers a record"
         raise ConfigError(f"{told}; the records have {schema.classes} classes")

@@ -144,7 +144,7 @@ class Coordinator:
         opened = pki.open_job(signed, self.identity.authority_pem)
         if opened.operator.name != submitter:
             raise TrustError(f"the job is signed by {opened.operator.name}, not by {submitter}; submit your own")
-        job = read_job(opened.toml)
+        job = read_job(opened.toml, schema=opened.schema)
         if not job.roster:
             raise UsageError("the job has no [roster]: add each site's name and key fingerprint, and sign it again")
         number = opened.digest.hex()[:12]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from partway import pki
 from partway.assembly import DTYPES, Network, network_of, optimizers_of, plan_of, schema_of, shapes_of
-from partway.config import Job, Site, contents, read_job
-from partway.data import thyroid
+from partway.config import Job, Site, contents, read_job, read_job_file
+from partway.data import table
 from partway.data.records import Records, deviation_of, mean_of, moments, squares
 from partway.model.segment import Segment
 from partway.plan.plan import Plan, Turn
@@ -86,18 +86,17 @@ def preview(site: Site, home: Path, job_file: Path) -> Preview:
     shapes = shapes_of(job, plan, network, schema)
     turns = _turns(me, plan, schedule)
     found.objections += [o.words for o in judge_turns(policy, me, shapes, turns)]
-    records = thyroid.read(home / site.data.path, job.job.seed)
+    records = table.read(site.data, home, job)
     found.leaves = list(_leaves(me, job, plan, shapes, network, turns, records))
     return found
 
 
 def _job(site: Site, home: Path, path: Path) -> tuple[Job, str]:
-    data = contents(path)
     if path.suffix != ".signed":
         operator = next(iter(site.policy.operators), "nobody")
-        return read_job(data, str(path)), operator
-    opened = pki.open_job(data, contents(home / site.site.identity / "authority.pem"))
-    return read_job(opened.toml, str(path)), opened.operator.name
+        return read_job_file(path), operator
+    opened = pki.open_job(contents(path), contents(home / site.site.identity / "authority.pem"))
+    return read_job(opened.toml, str(path), opened.schema), opened.operator.name
 
 
 def _turns(me: str, plan: Plan, schedule: Schedule) -> tuple[Turn, ...]:
