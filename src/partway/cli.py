@@ -391,6 +391,26 @@ def data(
     _show({"files": files}, json, "\n".join(files))
 
 
+@app.command("check")
+def check(
+    schema: Annotated[str, typer.Argument(help="schema.toml, or thyroid, heart or support.")],
+    file: Annotated[Path, typer.Argument(help="A CSV or Parquet file of records.")],
+    site: Annotated[str | None, typer.Option(help="Only this site's rows.")] = None,
+    json: Json = False,
+) -> None:
+    """Hold a file of records against a schema: everything that does not fit, or what it gives to a network."""
+    from partway.config import bundled_schema, read_schema
+
+    columns = read_schema(contents(Path(schema)), schema) if schema.endswith(".toml") else bundled_schema(schema)
+    from partway.data.survey import survey
+    from partway.data.table import load
+
+    found = survey(load(file), columns, site)
+    _show(found.words(), json, found.text())
+    if found.faults:
+        raise typer.Exit(2)
+
+
 @app.command("simulate")
 def simulate(
     job_file: Annotated[Path, typer.Argument(metavar="JOB", help="job.toml; the bundled records take part.")],

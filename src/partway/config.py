@@ -203,7 +203,7 @@ class Columns(Settings, frozen=True, kw_only=True):
     schema: SchemaHeader
     classes: Annotated[dict[str, tuple[str, ...]], Meta(min_length=2, max_length=1000)]
     """In this order; each with the labels that mean it."""
-    columns: Annotated[dict[ColumnName, Column], Meta(min_length=1, max_length=4096)]
+    columns: Annotated[dict[ColumnName, Column], Meta(min_length=1, max_length=2000)]
     """In the order of the features. Other columns of a site's file are not read."""
     sites: dict[Name, str] = {}
     """What stands in the site column for each site; other rows are not read. Without it, each value is a site."""
@@ -384,7 +384,7 @@ def read_job_file(path: Path) -> Job:
     return read_job(text, str(path), schema)
 
 
-SCHEMAS = ("thyroid",)
+SCHEMAS = ("thyroid", "heart", "support")
 """Bundled, each with its records."""
 
 

@@ -65,7 +65,7 @@ def encoded(name: str, column: Column, values: Tensor, scale: Scale) -> Iterator
     elif column.reference is None or scale == "statistics":
         yield Feature(name, _level(values, column), by_statistics=True)
     else:
-        low, high = (_level(torch.tensor([limit]).double(), column) for limit in column.reference)
+        low, high = (_level(torch.tensor([limit], dtype=torch.float64), column) for limit in column.reference)
         u = ((_level(values, column) - (low + high) / 2) / ((high - low) / 2)).clamp(-_FARTHEST, _FARTHEST).nan_to_num()
         yield Feature(name, u * gain)
         if column.marks and scale == "marks":

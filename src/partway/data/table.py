@@ -105,44 +105,35 @@ def records_of(
     units: Mapping[str, str] | None = None,
 ) -> Records:
     """The records of a file, or of one site in it. Raises `DataError` with everything that does not fit."""
-    checked = _Check(table, columns)
+    checked = Checked(table, columns)
     checked.structure(site, units or {})
     checked.content(site)
     if checked.faults:
         told = "; ".join(fault.words for fault in checked.faults)
         raise DataError(f"{table.path}: {told}", [(fault.column, fault.kind) for fault in checked.faults])
-    features = [
-        f for name, column in columns.columns.items() for f in encoded(name, column, checked.values[name], scale)
-    ]
-    return Records(
-        torch.stack([f.values for f in features], 1),
-        checked.labels,
-        classes=len(columns.classes),
-        numeric=tuple(number for number, f in enumerate(features) if f.by_statistics),
-        division=divide(checked.labels, seed),
-    )
+    return checked.records(scale, seed)
 
 
 def sites_of(table: Table, columns: Columns, scale: Scale, seed: int) -> dict[str, Records]:
     """The records of every site in a file, by its site column.
 
     Raises:
-        DataError: a site's records do not fit, told of every site together, or the schema names no site column.
+        DataError: the schema names no site column, or something does not fit: told of all sites together.
     """
-    sites, failures = {}, {}
-    for site in site_names(table, columns):
-        try:
-            sites[site] = records_of(table, columns, scale, seed, site=site)
-        except DataError as error:
-            failures[site] = error
-    if failures:
-        raise mismatch(columns, {site: error.faults for site, error in failures.items()})
-    return sites
+    common, sites = Checked(table, columns), {name: Checked(table, columns) for name in site_names(table, columns)}
+    common.structure(None, {})
+    for name, checked in sites.items():
+        checked.content(name)
+    failed = {name: c.faults for name, c in {"every site": common, **sites}.items() if c.faults}
+    if failed:
+        told = mismatch(columns, {name: [(f.column, f.kind) for f in faults] for name, faults in failed.items()})
+        raise DataError(f"{told}; `partway check SCHEMA {table.path}` says where")
+    return {name: checked.records(scale, seed) for name, checked in sites.items()}
 
 
-def mismatch(columns: Columns, faults: Mapping[str, Sequence[tuple[int, str]]]) -> DataError:
-    """Of every site whose records do not fit, in words that hold no value."""
-    return DataError("; ".join(f"{site}: {words(columns, own)}" for site, own in faults.items()))
+def mismatch(columns: Columns, faults: Mapping[str, Sequence[tuple[int, str]]]) -> str:
+    """Every site whose records do not fit, and in what, in words that hold no value."""
+    return "; ".join(f"{site}: {words(columns, own)}" for site, own in faults.items())
 
 
 def site_names(table: Table, columns: Columns) -> list[str]:
@@ -163,11 +154,10 @@ def site_names(table: Table, columns: Columns) -> list[str]:
     return found
 
 
-class _Check:
+class Checked:
     """What a file has, column by column, and everything that does not fit.
 
-    After `content`, `values` has what `schema.encoded` wants of each column, and `labels` the classes, int64, of the
-    records that count.
+    First `structure`, then `content`; without faults, `records` can be had.
     """
 
     def __init__(self, table: Table, columns: Columns) -> None:
@@ -175,19 +165,20 @@ class _Check:
         self._counts = np.ones(len(table.frame), dtype=bool)
         """Rows that are this site's, and not left out."""
         self.faults: list[Fault] = []
-        self.values: dict[str, Tensor] = {}
-        self.labels = torch.empty(0, dtype=torch.int64)
+        self._values: dict[str, Tensor] = {}
+        self._labels = torch.empty(0, dtype=torch.int64)
 
     def structure(self, site: str | None, units: Mapping[str, str]) -> None:
         """Columns and units."""
         there, columns = self._table.frame.columns, self._columns
         if site is not None and columns.schema.site is None:
             raise DataError(
-                f"{self._table.path}: only {site}'s rows are to be read, and the schema names no site column"
+                f"{self._table.path}: only rows of {site} are to be read, and the schema names no site column"
             )
         for name in columns.numbered:
             if name not in there and (site is not None or name != columns.schema.site):
-                self._fault(name, "MISSING_COLUMN", _no_column(name, self._table, columns))
+                told = f"no column {name}" if self.faults else _no_column(name, self._table, columns)
+                self._fault(name, "MISSING_COLUMN", told)
         for name, unit in units.items():
             due = getattr(columns.columns.get(name), "unit", "")
             if name in columns.columns and unit != due:
@@ -201,7 +192,7 @@ class _Check:
         if site is not None and header.site in there:
             self._counts &= (_text(self._table, header.site) == self._columns.sites.get(site, site)).to_numpy()
         if header.label in there:
-            labels = self._labels()
+            labels = self._classes()
         present = {name: column for name, column in self._columns.columns.items() if name in there}
         numbers = {name: self._numbers(name, c) for name, c in present.items() if isinstance(c, Numeric)}
         if header.label in there and not self._counts.any() and not self.faults:
@@ -210,11 +201,26 @@ class _Check:
             found = (
                 self._sound(name, column, numbers[name]) if isinstance(column, Numeric) else self._codes(name, column)
             )
-            self.values[name] = torch.from_numpy(found[self._counts])
+            self._values[name] = torch.from_numpy(found[self._counts])
         if header.label in there:
-            self.labels = torch.from_numpy(labels[self._counts])
+            self._labels = torch.from_numpy(labels[self._counts])
 
-    def _labels(self) -> np.ndarray:
+    def records(self, scale: Scale, seed: int) -> Records:
+        """The records that count, divided by `seed`."""
+        features = [
+            feature
+            for name, column in self._columns.columns.items()
+            for feature in encoded(name, column, self._values[name], scale)
+        ]
+        return Records(
+            torch.stack([feature.values for feature in features], 1),
+            self._labels,
+            classes=len(self._columns.classes),
+            numeric=tuple(number for number, feature in enumerate(features) if feature.by_statistics),
+            division=divide(self._labels, seed),
+        )
+
+    def _classes(self) -> np.ndarray:
         """The class of each row; what is left out counts no more."""
         header, groups = self._columns.schema, list(self._columns.classes.values())
         text = _text(self._table, header.label)
@@ -273,7 +279,7 @@ class _Check:
 def _no_column(name: str, table: Table, columns: Columns) -> str:
     names = table.frame.columns
     near = difflib.get_close_matches(name, [n for n in names if n not in columns.numbered], n=1)
-    has = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    has = (", ".join(names[:12]) or "none") + (", ..." if len(names) > 12 else "")
     hint = "; is it separated by commas?" if len(names) == 1 else ""
     return f"no column {name}; {f'did you mean `{near[0]}`?' if near else f'it has {has}{hint}'}"
 
