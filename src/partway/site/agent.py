@@ -20,7 +20,17 @@ from partway.data import table
 from partway.egress import Tap
 from partway.errors import DataError, JobFailed, LinkLost, PartwayError, Refused, TrustError, UsageError
 from partway.party import Out
-from partway.protocol.messages import ANYBODY, Fail, Greet, Head, Offer, Reason
+from partway.protocol.messages import (
+    ANYBODY,
+    MOST_MISMATCHES,
+    Fail,
+    Greet,
+    Head,
+    Mismatch,
+    Offer,
+    Reason,
+    Wrong,
+)
 from partway.transport.grpc import ClientLink, Credentials
 from partway.wire import frames
 from partway.wire.frames import Frame
@@ -181,7 +191,7 @@ class Agent:
             assembled = assemble(job, digest, opened.operator.name, roster, server, place, schema, pki.signed_by)
         except PartwayError as error:
             self._fails(name, folder, error)
-            fail = Fail(_reason(error))
+            fail = Fail(_reason(error), mismatches=_mismatches(error))
             await self._link.send(frames.encode(Head(self.identity.name, server, digest), fail))
             return error
         try:
@@ -281,6 +291,11 @@ def _reason(error: PartwayError) -> Reason:
     if isinstance(error, DataError):
         return Reason.DATA
     return Reason.OPERATOR if isinstance(error, TrustError) else Reason.FAULT
+
+
+def _mismatches(error: PartwayError) -> tuple[Mismatch, ...]:
+    faults = error.faults if isinstance(error, DataError) else ()
+    return tuple(Mismatch(column, Wrong[kind]) for column, kind in faults)[:MOST_MISMATCHES]
 
 
 def own_secret(folder: Path) -> bytes:
