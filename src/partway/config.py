@@ -108,6 +108,9 @@ class Training(Settings, frozen=True, kw_only=True):
     dtype: Literal["float32", "float64"] = "float32"
     threads: Annotated[int, Meta(ge=1, le=256)] = 1
     """Of torch, at every party: part of what "the same bits" means."""
+    class_weights: Literal["none", "sqrt"] = "none"
+    """`sqrt`: the loss of a record of a rare class counts more, as count ** -1/2, by blind counts over all sites'
+    training records; their mean weight is 1."""
     sums: Literal["blind", "clear"] = "blind"
     """`clear` lets the server read every share: for measurements. A policy refuses it unless it says otherwise."""
 
