@@ -107,7 +107,10 @@ def test_one_record_by_hand(tmp_path: Path) -> None:
         (("29,F", "inf,F"), "column age: line 2: 'inf' is no number"),
         (("29,F", "nan,F"), "column age: line 2: 'nan' is no number"),
         ((",other,-,", ",other,Z,"), "column target: line 2: 'Z' is no label of the schema"),
-        ((",other,-,", ",other,,"), "column target: line 2: '' is no label of the schema"),
+        (
+            (",other,-,", ",other,,"),
+            "column target: line 2: an empty field is no label of the schema",
+        ),
         (("29,F,", "29,F,f,"), "line 2: another number of values than columns"),
         (("29,F,f,", "29,F,"), "line 2: another number of values than columns"),
         (("age,sex", "age,age"), "column age is there twice"),

@@ -136,6 +136,11 @@ cut = ["hidden.0"]
         ('schema = "mimic"', "bundled are thyroid, heart, support; a file ends in .toml"),
         ('schema = "../small.toml"', "at `records.schema`"),
         ('schema = "small.toml"', "is a file, and only the job's text was given"),
+        (
+            '[schema]\nname = "small"',
+            "has no key `schema`; it has job, network, training, records, evaluation, result, ro",
+        ),
+        ("[columns]\nx = 1", "has no key `columns`; it has job, "),
         ('scale = "mark"', "Invalid enum value 'mark' - at `records.scale`"),
     ],
 )
@@ -267,10 +272,10 @@ WRONG = [
     ("crp", "inf", "NUMBER", "'inf' is no number"),
     ("crp", "501", "RANGE", "'501' is not in 0 to 500"),
     ("crp", "-0.5", "RANGE", "'-0.5' is not in 0 to 500"),
-    ("weight", "", "NUMBER", "'' is no number"),
+    ("weight", "", "NUMBER", "an empty field is no number"),
     ("smoker", "maybe", "CATEGORY", "'maybe' is none of no, yes or empty"),
     ("ward", "3", "CATEGORY", "'3' is none of 1, 2, icu"),
-    ("ward", "", "CATEGORY", "'' is none of 1, 2, icu"),
+    ("ward", "", "CATEGORY", "an empty field is none of 1, 2, icu"),
     ("outcome", "gone", "CLASS", "'gone' is no label of the schema"),
 ]
 
@@ -386,6 +391,7 @@ def test_a_survey(tmp_path: Path) -> None:
     assert found.sites == {"north": {"well": 1, "ill": 1}, "south": {"well": 0, "ill": 1}}
     assert found.inputs == {"statistics": 9, "reference": 9, "marks": 16}
     assert 'inputs = 16 with scale = "marks"' in found.text()
+    assert "2 rows do not count: left out by label or range, or of other sites" in found.text()
     assert survey(table.load(tmp_path / "records.csv"), SMALL, "north").sites == {"north": {"well": 1, "ill": 1}}
     found = survey(table.load(file(tmp_path, [ROWS[0], ("south", 50, 3, 80, "yes", "9", "lost")])), SMALL)
     told = ["'lost' is no label of the schema", "'9' is none of 1, 2, icu"]

@@ -346,8 +346,6 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
         schema: the text of the schema file that `[records] schema` names, if it names a file.
     """
     job = _read(text, Job, where)
-    if job.columns is not None:
-        raise ConfigError(f"{where}: a schema is a file of its own, which [records] schema names")
     cuts = {"vanilla": 1, "u_shaped": 2}[job.training.configuration]
     if len(job.network.cut) != cuts:
         raise ConfigError(
@@ -499,6 +497,8 @@ def _check_keys(words: Any, kind: Any, where: str, section: str) -> None:
     if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
         return
     fields = {f.encode_name: f.type for f in msgspec.structs.fields(kind)}
+    if kind is Job:
+        del fields["columns"]  # from a file of its own
     if kind.__struct_config__.tag_field:
         fields[kind.__struct_config__.tag_field] = str
     for key, value in words.items():

@@ -39,6 +39,8 @@ class Survey:
         for site, classes in self.sites.items():
             told = ", ".join(f"{name} {count:,}" for name, count in classes.items())
             lines.append(f"  {site}: {sum(classes.values()):,} records count: {told}")
+        if rest := self.rows - sum(sum(classes.values()) for classes in self.sites.values()):
+            lines.append(f"  {rest:,} rows do not count: left out by label or range, or of other sites")
         lines += [f'  inputs = {count} with scale = "{scale}"' for scale, count in self.inputs.items()]
         return "\n".join([*lines, f"  classes = {len(next(iter(self.sites.values())))}"])
 

@@ -269,7 +269,9 @@ class Checked:
         found = np.flatnonzero(where & self._counts)
         if len(found):
             more = f" (and {len(found) - 1:,} more)" if len(found) > 1 else ""
-            here = f"{self._table.row} {found[0] + self._table.first}: {text[int(found[0])][:40]!r}"
+            value = text[int(found[0])]
+            shown = f"{value[:40]!r}" if value else "an empty field"
+            here = f"{self._table.row} {found[0] + self._table.first}: {shown}"
             self._fault(name, kind, f"column {name}: {here} {told}{more}")
 
     def _fault(self, name: str, kind: str, told: str) -> None:
