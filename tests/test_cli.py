@@ -167,6 +167,106 @@ def test_simulate(type_: Type) -> None:
     assert out.endswith("nothing was written\n")
 
 
+SCHEMA = """
+[schema]
+name = "own"
+label = "outcome"
+site = "clinic"
+[classes]
+well = ["well"]
+ill = ["ill"]
+[columns]
+x = { kind = "numeric", unit = "mmol/l", range = [0, 9], reference = [1, 3], marks = true }
+"""
+OWN = JOB | {
+    "network": JOB["network"] | {"arguments": {"inputs": 1, "hidden": [8, 4, 8], "classes": 2}},
+    "records": {"schema": "own.toml"},
+}
+
+
+def own_file(**changed: str) -> None:
+    """A schema, a job and a file of three sites; `changed` exchanges words of its lines of that site."""
+    Path("own.toml").write_text(SCHEMA)
+    Path("job.toml").write_text(toml(OWN))
+    lines = [f"{('north', 'south', 'west')[n % 3]},{n % 10},{'ill' if n % 10 > 4 else 'well'}\n" for n in range(120)]
+    for site, words in changed.items():
+        lines.append(f"{site},{words}\n")
+    Path("own.csv").write_text("clinic,x,outcome\n" + "".join(lines))
+
+
+def test_your_own_file_from_schema_and_job_alone(type_: Type) -> None:
+    own_file()
+    code, out, _ = type_("check own.toml own.csv")
+    assert code == 0
+    assert "  west: 40 records count: well 20, ill 20\n" in out
+    assert 'inputs = 8 with scale = "marks"' in out
+    assert json.loads(type_("check own.toml own.csv --site west --json")[1])["sites"] == {
+        "west": {"well": 20, "ill": 20}
+    }
+    code, out, _ = type_("simulate job.toml --data own.csv --json")
+    assert code == 0
+    assert sorted(json.loads(out)["sites"]) == ["north", "south", "west"]
+    Path("job.toml").write_text(toml(OWN).replace('own.toml"', 'own.toml"\nscale = "marks"'))
+    code, _, err = type_("simulate job.toml --data own.csv")
+    assert (code, "takes no records of shape (8,): a record gives 8 inputs" in err) == (2, True)
+    Path("job.toml").write_text(Path("job.toml").read_text().replace("inputs = 1", "inputs = 8"))
+    assert type_("simulate job.toml --data own.csv")[0] == 0
+
+
+def test_your_own_file_when_it_is_wrong(type_: Type) -> None:
+    own_file(north="77.7,well", west="2,gone")
+    code, out, err = type_("check own.toml own.csv")
+    assert (code, err) == (2, "")
+    assert "  north: column x: line 122: '77.7' is not in 0 to 9\n" in out
+    assert "  west: column outcome: line 123: 'gone' is no label of the schema" in out
+    code, out, err = type_("simulate job.toml --data own.csv")
+    assert (code, out) == (2, "")
+    assert err == (
+        "partway: north: column x: a value outside the range; west: column outcome: an unknown class; "
+        "`partway check SCHEMA own.csv` says where\n"
+    )
+    for line, words in {
+        "simulate job.toml": "no records are bundled for own.toml: name a file of all sites' with --data",
+        "simulate job.toml --data no.csv": "no.csv: cannot be read (No such file or directory)",
+        "check no.toml own.csv": "no.toml: cannot be read",
+        "check haert own.csv": "there is no schema `haert`; did you mean `heart`?",
+        "data records --set haert": "--set: there is no schema `haert`; did you mean `heart`?",
+        "job sign job.toml": "key.pem: cannot be read",
+    }.items():
+        code, _, err = type_(line)
+        assert (code, words in err, err.count("\n")) == (2, True, 1), err
+    Path("own.toml").write_text(SCHEMA.replace("unit", "unti"))
+    code, _, err = type_("simulate job.toml --data own.csv")
+    assert (code, err) == (2, "partway: own.toml: [columns] x: has no key `unti`; did you mean `unit`?\n")
+    Path("own.toml").unlink()
+    code, _, err = type_("job sign job.toml")
+    assert (code, "own.toml: cannot be read" in err) == (2, True)
+
+
+@pytest.mark.parametrize("line", ["simulate job.toml", "check own.toml own.csv", "data records --set haert"])
+def test_wrong_words_wait_for_no_torch(type_: Type, line: str) -> None:
+    own_file()
+    Path("own.toml").write_text(SCHEMA.replace("unit", "unti"))
+    command = f"import sys; from partway import cli; sys.argv = {['partway', *line.split()]}; "
+    command += "print(cli.main(), *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("2 ")
+    assert not {"torch", "grpc", "numpy", "polars"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(("name", "inputs", "scale"), [("heart", 29, "statistics"), ("support", 112, "marks")])
+def test_simulate_takes_the_records_of_its_schema(type_: Type, name: str, inputs: int, scale: str) -> None:
+    arguments = {"inputs": inputs, "hidden": [8, 4, 8], "classes": 2}
+    job = JOB | {"network": JOB["network"] | {"arguments": arguments}, "records": {"schema": name, "scale": scale}}
+    Path("job.toml").write_text(toml(job))
+    code, out, _ = type_("simulate job.toml --json")
+    assert code == 0
+    sites = {"heart": ["cleveland", "hungary", "switzerland", "va"], "support": ["support"]}[name]
+    assert sorted(json.loads(out)["cost"]) == sorted([*sites, "server"])
+    files = json.loads(type_(f"data records --set {name} --json")[1])["files"]
+    assert [Path(f).name for f in files] == [f"{site}.csv.gz" for site in sites]
+
+
 SITE = {
     "site": {"name": "svi", "server": "localhost:1"},
     "data": {"path": "records/svi.csv.gz"},
@@ -182,7 +282,9 @@ def test_preview(type_: Type) -> None:
     assert code == 0
     assert "activations (bottom -> trunk) to server, in the clear for the receiver: 1 x 32 bytes" in out
     assert "The policy allows it" in out
+    first = out
     code, out, _ = type_("site preview site.toml job.toml --json")
+    assert "every party hears that 1,313 records train, 239 validate and 835 test\n" in first
     leaves = {row["what"]: row for row in json.loads(out)["leaves"]}
     assert len(leaves["activations (bottom -> trunk)"]["values"]) == 8
     assert len(leaves["labels (data -> trunk)"]["values"]) == 1

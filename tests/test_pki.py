@@ -125,13 +125,28 @@ def test_altered_after_signing(steward: Authority) -> None:
         open_job(signed.replace(b"thyroid", b"other  "), steward.pem)
 
 
+def test_the_schema_is_signed_with_the_job(steward: Authority) -> None:
+    office = steward.admit("study-office", Role.OPERATOR)
+    signed = sign_job(office, TOML, b"[schema]")
+    assert open_job(signed, steward.pem).schema == b"[schema]"
+    assert open_job(sign_job(office, TOML), steward.pem).schema == b""
+    with pytest.raises(TrustError, match="was altered"):
+        open_job(signed.replace(b"[schema]", b"[schemb]"), steward.pem)
+    parts = msgspec.msgpack.decode(signed)
+    parts[:2] = [parts[0] + parts[1], b""]  # the same bytes, cut elsewhere
+    with pytest.raises(TrustError, match="was altered"):
+        open_job(msgspec.msgpack.encode(parts), steward.pem)
+    with pytest.raises(UsageError, match="at most 131,072 bytes each"):
+        sign_job(office, TOML, bytes(2**17 + 1))
+
+
 def test_only_operators_sign(steward: Authority, other: Authority) -> None:
     site = steward.admit("svi", Role.SITE)
     with pytest.raises(TrustError, match="svi is a site; only operators sign"):
         sign_job(site, TOML)
     office = steward.admit("study-office", Role.OPERATOR)
     parts = msgspec.msgpack.decode(sign_job(office, TOML))
-    parts[2] = site.certificate_pem
+    parts[3] = site.certificate_pem
     with pytest.raises(TrustError, match="signed by svi, a site"):
         open_job(msgspec.msgpack.encode(parts), steward.pem)
     with pytest.raises(TrustError, match="of another federation"):

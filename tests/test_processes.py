@@ -352,6 +352,88 @@ def test_a_job_for_a_site_that_is_not_there_waits_and_can_be_stopped(federation:
     assert ended(federation, status.id)["state"] == "stopped"
 
 
+# -- a schema of one's own, and files that do not fit it
+
+OWN = """
+[schema]
+name = "own"
+label = "outcome"
+[classes]
+well = ["well"]
+ill = ["ill"]
+[columns]
+x = { kind = "numeric", unit = "mmol/l", range = [0, 9] }
+y = { kind = "category", values = ["a", "b"] }
+"""
+OWN_JOB = {
+    "job": {"name": "own"},
+    "network": NETWORK | {"arguments": {"inputs": 3, "hidden": [8, 4, 8], "classes": 2}},
+    "records": {"schema": "own.toml"},
+    "training": {"epochs": 2, "batch": 64},
+    "evaluation": {"every": 0},
+}
+
+
+def own_file(path: Path, lines: int = 120, *more: str) -> Path:
+    rows = [f"{n % 10},{'ab'[n % 2]},{'ill' if n % 10 > 4 else 'well'}" for n in range(lines)]
+    path.write_text("\n".join(["x,y,outcome", *rows, *more]))
+    return path
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[LocalFederation]:
+    """Three sites, of which nothing is started yet."""
+    files = {site: own_file(tmp_path / f"{site}.csv") for site in ("north", "south", "west")}
+    with LocalFederation(tmp_path / "federation", files, {"solvable_sums": True}) as running:
+        yield running
+
+
+def test_files_that_do_not_fit_are_told_of_all_sites_at_once(own: LocalFederation, tmp_path: Path) -> None:
+    """The schema comes with the signed job; each fault is told with site and column, and no value leaves."""
+    own.start()
+    ran = own.run(OWN_JOB, schema=OWN)
+    assert ran.result("west")["job"]["columns"]["schema"]["name"] == "own"
+    own.stop()
+    north = own.folder / "north" / "site.toml"
+    north.write_text(north.read_text().replace("[data]", '[data]\nunits = { x = "mg/dl" }'))
+    own_file(tmp_path / "west.csv", 120, "987654321,q,vanished")
+    for site in (SERVER, *own.sites):  # all listen at the port that the server has found free
+        file = own.folder / site / ("server.toml" if site == SERVER else "site.toml")
+        file.write_text(file.read_text().replace(f'"{own.address}"', '"localhost:0"'))
+    own.start()
+    signed = tmp_path / "job.signed"
+    signed.write_bytes(own.sign(OWN_JOB, OWN))
+    office = ["--server", own.address, "--identity", str(own.folder / "study-office" / "identity")]
+    out, _ = partway("job", "submit", str(signed), *office, "--wait", "--json", expect=2)
+    status = json.loads(out)
+    assert status["state"] == "failed"
+    assert status["message"] == (
+        "north: column x: another unit; "
+        "west: column outcome: an unknown class, column x: a value outside the range, column y: another category"
+    )
+    own.wait_for_state("south", "failed")
+    assert own.processes["south"].said["message"] == (
+        "server gave up: some site's records do not fit the job; its operator is told in what"
+    )
+    (log,) = (own.folder / "west" / "runs").glob(f"own-{status['id']}/failures.log")
+    words = log.read_text()
+    assert "column x: line 122: '987654321' is not in 0 to 9; column y: line 122: 'q' is none of a, b" in words
+    for file in (own.folder / SERVER).rglob("*"):
+        if file.is_file():
+            assert not any(word in file.read_bytes() for word in (b"987654321", b"vanished", b"mg/dl"))
+
+
+def test_one_site_that_refuses_is_told_to_all(own: LocalFederation) -> None:
+    west = own.folder / "west" / "site.toml"
+    west.write_text(west.read_text().replace("labels_may_leave = true", "most_epochs = 1"))
+    own.start()
+    with pytest.raises(Refused, match="west refuses the job: EPOCHS"):
+        own.run(OWN_JOB, schema=OWN)
+    for site in ("north", "south"):
+        own.wait_for_state(site, "refused")
+        assert "west refuses the job: EPOCHS" in own.processes[site].said["message"]
+
+
 # -- processes that end in the middle
 
 
@@ -606,13 +688,13 @@ def test_a_server_that_is_not_there(records: dict[str, Path], tmp_path: Path) ->
 
 
 def test_a_site_s_records_are_read_before_anything_is_connected(tmp_path: Path) -> None:
-    (tmp_path / "records.csv").write_text("age,sex\n29,F\n")
+    (tmp_path / "records.csv").write_text("age,sex\n29\n")
     LocalFederation(tmp_path, {"svi": tmp_path / "records.csv"})
     file = tmp_path / "svi" / "site.toml"
     file.write_text(file.read_text().replace("localhost:0", "localhost:1"))
     _, said = partway("site", "start", str(file), expect=2)
-    assert "records.csv: no column on_thyroxine" in said
-    with pytest.raises(JobFailed, match=r"svi has ended: partway: .* no column"):
+    assert "records.csv, line 2: another number of values than columns" in said
+    with pytest.raises(JobFailed, match=r"svi has ended: partway: .* another number of values"):
         raise_end(tmp_path, file)
 
 

@@ -86,6 +86,25 @@ def terminals(tmp_path: Path) -> Iterator[Terminals]:
         popen.wait(20)
 
 
+def test_your_own_csv(terminals: Terminals, tmp_path: Path) -> None:
+    start = "## Your own CSV"
+    (csv, *_), (schema, job, *_), (commands, *_) = blocks("csv", start), blocks("toml", start), blocks("bash", start)
+    header, *shown = csv.splitlines()
+    rows = shown + [
+        f"{('north', 'south', 'west')[n % 3]},{20 + n % 80},{'fm'[n % 2]},{n % 50 / 7 if n % 5 else ''},"
+        f"{'died' if n % 80 > 40 else 'home'}"
+        for n in range(300)
+    ]
+    (tmp_path / "records.csv").write_text("\n".join([header, *rows]))
+    (tmp_path / "schema.toml").write_text(schema)
+    (tmp_path / "job.toml").write_text(job)
+    check, simulate = commands.splitlines()
+    told = terminals.type(check)
+    assert 'inputs = 5 with scale = "statistics"' in told
+    assert "west: 100 records count: home " in told
+    assert re.search(r"all sites: records 105, accuracy 0\.\d", terminals.type(simulate))
+
+
 def test_the_federation_by_hand(terminals: Terminals, tmp_path: Path) -> None:
     init, requests, approvals, start, jobs = blocks("bash", "## A federation by hand")
     server, site, job = blocks("toml", "## A federation by hand")

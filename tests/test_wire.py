@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from partway.data.schema import FAULTS
 from partway.errors import PartwayError, PeerError
 from partway.plan.plan import Copy
 from partway.protocol.messages import (
@@ -25,10 +26,12 @@ from partway.protocol.messages import (
     Letter,
     LetterKind,
     Message,
+    Mismatch,
     Offer,
     Post,
     Ready,
     Reason,
+    Wrong,
 )
 from partway.wire import tensors as wire_tensors
 from partway.wire.frames import LARGEST_HEADER, PREFIX, decode, encode, split
@@ -61,7 +64,11 @@ def test_a_letter_byte_by_byte() -> None:
         (GroupKey(b"sealed"), b"\x92\xa3key\xc4\x06sealed"),
         (Ready(bytes(32), b"c", b"s"), b"\x94\xa5ready\xc4\x20" + bytes(32) + b"\xc4\x01c\xc4\x01s"),
         (Bye(), b"\x91\xa3bye"),
-        (Fail(Reason.LABELS, "svi"), b"\x93\xa4fail\x0e\xa3svi"),
+        (Fail(Reason.LABELS, "svi"), b"\x94\xa4fail\x0e\xa3svi\x90"),
+        (
+            Fail(Reason.DATA, mismatches=(Mismatch(2, Wrong.UNIT), Mismatch(300, Wrong.CLASS))),
+            b"\x94\xa4fail\x04\xa0\x92\x92\x02\x02\x92\xcd\x01\x2c\x03",
+        ),
     ],
 )
 def test_every_message_byte_by_byte(message: Message, literal: bytes) -> None:
@@ -100,6 +107,22 @@ def test_kinds_and_reasons_keep_their_numbers() -> None:
     )
     expected = [*enumerate(of_a_party, 1), *enumerate(of_a_policy, 10)]
     assert [(int(r), r.name) for r in Reason] == expected
+    wrong = ("MISSING_COLUMN", "UNIT", "CLASS", "CATEGORY", "RANGE", "NUMBER", "NO_RECORDS")
+    assert [(int(w), w.name) for w in Wrong] == [*enumerate(wrong, 1)]
+    assert {w.name for w in Wrong} == FAULTS.keys()  # each has words
+
+
+@pytest.mark.parametrize(
+    "mismatches",
+    [[[65536, 1]], [[-1, 1]], [[1, 8]], [[1]], [[1, 1, 1]], ["TSH"], [[1, "TSH 4.2"]], [[1, 1]] * (2**13 + 1)],
+)
+def test_a_mismatch_is_two_numbers_and_nothing_else(mismatches: list) -> None:
+    sound = encode(HEAD, Fail(Reason.DATA, mismatches=(Mismatch(1, Wrong.UNIT),)))
+    assert decode(sound, "svi").message.mismatches == ((1, Wrong.UNIT),)
+    header = msgspec.msgpack.encode([HEAD, ["fail", 4, "", mismatches], []])
+    frame = PREFIX.pack(b"PWAY", 1, len(header), 0) + header
+    with pytest.raises(PeerError):
+        decode(frame + bytes(-len(frame) % 64), "svi")
 
 
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)

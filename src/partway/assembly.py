@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from partway.config import Job, Optimizer, Policy
 from partway.cost import Cost, forecast
-from partway.data import thyroid
 from partway.data.records import Records, Schema
+from partway.data.schema import columns_of, layout
 from partway.egress import Door, Tap
 from partway.errors import ConfigError
 from partway.ledger import Ledger
@@ -47,17 +47,15 @@ from partway.train.draws import derived, first_weights, forward_seed
 from partway.train.metrics import Scores
 from partway.train.source import RecordSource, Shelf
 from partway.train.stopping import Best
-from partway.train.tallies import FIGURES, Evaluation, Moments, Squares, read_figures
-from partway.train.worker import Worker
+from partway.train.tallies import FIGURES, Classes, Evaluation, Moments, Squares, read_figures
+from partway.train.worker import Loss, Tally, Worker
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def schema_of(job: Job) -> Schema:
     """What a record of this job looks like. Raises `ConfigError` where only Python can say."""
-    if job.records.schema == "thyroid":
-        return thyroid.SCHEMA
-    raise ConfigError("[records] schema = `dataset` is for partway.simulate, from Python; sites know `thyroid`")
+    return layout(columns_of(job), job.records.scale)
 
 
 def sections_of(job: Job) -> dict[str, dict[str, Any]]:
@@ -75,7 +73,8 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         seed=job.job.seed,
         epochs=training.epochs,
         batch=training.batch,
-        standardise=job.records.schema != "dataset",
+        class_weights=training.class_weights != "none",
+        standardise=job.columns is not None and schema_of(job).numeric > 0,
         validate_every=evaluation.every if evaluation.trunk_travels or half_trained else 0,
         keep_best=training.keep == "best",
         test=evaluation.trunk_travels,
@@ -141,7 +140,10 @@ def network_of(job: Job, policy: Policy, schema: Schema) -> Network:
         width = tuple(whole(example).shape)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"[network] {terms.build} takes no records of shape {schema.shape}: {reason}") from None
+        gives = f"a record gives {schema.shape[0]} inputs: " if len(schema.shape) == 1 else ""
+        raise ConfigError(
+            f"[network] {terms.build} takes no records of shape {schema.shape}: {gives}{reason}"
+        ) from None
     if width != (4, schema.classes):
         told = f"[network] {terms.build} puts out {width[1:]} numbers a record"
         raise ConfigError(f"{told}; the records have {schema.classes} classes")
@@ -171,9 +173,10 @@ def shapes_of(job: Job, plan: Plan, network: Network, schema: Schema) -> Shapes:
         tallies={
             "sums": 2 * schema.numeric,
             "squares": schema.numeric,
+            "classes": schema.classes,
             "scores": metrics.size_of_counts(schema.classes),
         },
-        figures=FIGURES,
+        figures={"scores": FIGURES, "own_scores": FIGURES, "classes": schema.classes},
         dtype=dtype,
         words={torch.float32: 1, torch.float64: 2}[dtype] if blind else 0,
         tally_words=2 if blind else 0,
@@ -265,7 +268,7 @@ def assemble(
     )
     ledger.line("job", name=job.job.name, digest=digest.hex(), party=me, operator=operator, roster=job.roster)
     door = Door(me, ledger, place.tap, place.on_release)
-    source, evaluation = None, Evaluation(schema.classes)
+    source, evaluation, classes = None, Evaluation(schema.classes), Classes(schema.classes)
     if place.records is not None:
         source = RecordSource(place.records, secret, digest, dtype, device)
     rule = Best(job.training.patience)
@@ -276,13 +279,16 @@ def assemble(
         optimizers=optimizers_of(job),
         source=source,
         stores={c.segment: Shelf(job.sites, secret, digest) for c in plan.placed(me, "store") if c.segment == SHELF},
-        tallies=_tallies(source, evaluation),
+        tallies=_tallies(source, evaluation, classes),
         judges=dict.fromkeys(("scores", HELD), lambda: rule.look(evaluation.all[-1][2])),
-        reports={"scores": evaluation.report_all, "own_scores": evaluation.report_own},
+        reports={"scores": evaluation.report_all, "own_scores": evaluation.report_own, "classes": classes.report},
         account=door.account,
         draws=lambda turn, m, copy: forward_seed(secret, digest, turn, m, copy),
         device=device,
     )
+
+    if job.training.class_weights != "none":
+        worker.loss = _weighted(classes, worker)
 
     def judge(turns: Sequence[Turn], sizes: Sizes) -> None:
         groups = judge_groups(policy, plan, turns, sizes, network.inputs, job.job.seed)
@@ -304,11 +310,22 @@ def assemble(
     return Assembled(party=party, job=job, plan=plan, network=network, ledger=ledger, evaluation=evaluation)
 
 
-def _tallies(source: RecordSource | None, evaluation: Evaluation) -> dict[str, Moments | Squares | Evaluation]:
+def _weighted(classes: Classes, worker: Worker) -> Loss:
+    """The loss with class weights: as this party has counted them, or as a site has told."""
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        if classes.weights is None:
+            classes.weights = next(row for turn, _, row in worker.board if turn.flow == "report_classes")
+        return nn.functional.cross_entropy(outputs, labels, weight=classes.weights.to(outputs), reduction="sum")
+
+    return loss
+
+
+def _tallies(source: RecordSource | None, evaluation: Evaluation, classes: Classes) -> dict[str, Tally]:
     if source is None:
         return {HELD: evaluation}
     moments = Moments(source)
-    return {"sums": moments, "squares": Squares(source, moments), "scores": evaluation}
+    return {"sums": moments, "squares": Squares(source, moments), "classes": classes, "scores": evaluation}
 
 
 def _refuse_batchnorm(me: str, plan: Plan, network: Network) -> None:
@@ -329,7 +346,8 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
     """What this party knows at the end."""
     party, job, evaluation = assembled.party, assembled.job, assembled.evaluation
     worker, me = party.worker, party.me
-    told = [(turn, site, read_figures(row)) for turn, site, row in worker.board]
+    scores = ("report", "report_own")
+    told = [(turn, site, read_figures(row)) for turn, site, row in worker.board if turn.flow in scores]
     seen: list[tuple[str, int, Scores]] = [(t.records, t.epoch, s) for t, _, s in told if t.flow == "report"]
     seen += evaluation.all
     sites = {site: s for turn, site, s in told if turn.flow == "report_own"}

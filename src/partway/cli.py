@@ -233,11 +233,11 @@ def job_sign(
 ) -> None:
     """Check a job and sign it; whoever changes it afterwards breaks the signature."""
     from partway import pki
-    from partway.config import Policy, read_job
+    from partway.config import Policy, job_texts, read_job
 
-    text = contents(file)
-    parsed = read_job(text, str(file))
-    signed = pki.sign_job(pki.Identity.load(identity), text)
+    text, schema = job_texts(file)
+    parsed = read_job(text, str(file), schema)
+    signed = pki.sign_job(pki.Identity.load(identity), text, schema or b"")
     from partway.assembly import network_of, schema_of
 
     network_of(parsed, Policy(networks=[parsed.network.build], most_parameters=2**31 - 1), schema_of(parsed))
@@ -376,30 +376,67 @@ LEFT = {"left": "  left:    ", "at_most": "  at most: "}
 
 
 @app.command("data")
-def data(folder: Annotated[Path, typer.Argument(help="Where to.")], json: Json = False) -> None:
-    """Write the bundled thyroid records as five sites' files."""
-    from partway.data.thyroid import write_sites
+def data(
+    folder: Annotated[Path, typer.Argument(help="Where to.")],
+    name: Annotated[str, typer.Option("--set", help="thyroid, heart or support.")] = "thyroid",
+    json: Json = False,
+) -> None:
+    """Write a bundled data set as one file for each of its sites."""
+    from partway.config import bundled_schema
 
-    files = [str(path) for path in write_sites(folder)]
+    bundled_schema(name, "--set")
+    from partway.data.sets import write_sites
+
+    files = [str(path) for path in write_sites(name, folder)]
     _show({"files": files}, json, "\n".join(files))
+
+
+@app.command("check")
+def check(
+    schema: Annotated[str, typer.Argument(help="schema.toml, or thyroid, heart or support.")],
+    file: Annotated[Path, typer.Argument(help="A CSV or Parquet file of records.")],
+    site: Annotated[str | None, typer.Option(help="Only this site's rows.")] = None,
+    json: Json = False,
+) -> None:
+    """Hold a file of records against a schema: everything that does not fit, or what it gives to a network."""
+    from partway.config import bundled_schema, read_schema
+
+    columns = read_schema(contents(Path(schema)), schema) if schema.endswith(".toml") else bundled_schema(schema)
+    from partway.data.survey import survey
+    from partway.data.table import load
+
+    found = survey(load(file), columns, site)
+    _show(found.words(), json, found.text())
+    if found.faults:
+        raise typer.Exit(2)
 
 
 @app.command("simulate")
 def simulate(
-    job_file: Annotated[
-        Path, typer.Argument(metavar="JOB", help="job.toml; the five bundled thyroid sites take part.")
-    ],
+    job_file: Annotated[Path, typer.Argument(metavar="JOB", help="job.toml; the bundled records take part.")],
+    data: Annotated[
+        Path | None, typer.Option(help="A CSV or Parquet file in place of the bundled records: all sites' records.")
+    ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where result, weights and ledgers go.")] = None,
     json: Json = False,
 ) -> None:
-    """Run a job in one process on the bundled records: the same parties, door and frames as the real thing."""
+    """Run a job in one process: the same parties, door and frames as the real thing."""
+    from partway.config import SCHEMAS, read_job_file
+
+    parsed = read_job_file(job_file)
+    if data is None and parsed.records.schema not in SCHEMAS:
+        raise UsageError(f"no records are bundled for {parsed.records.schema}: name a file of all sites' with --data")
     from rich.console import Console
 
-    from partway.config import read_job
-    from partway.data.thyroid import bundled
+    from partway.data import sets, table
+    from partway.data.schema import columns_of
     from partway.simulation import simulate as run
 
-    parsed = read_job(contents(job_file), str(job_file))
+    scale, seed = parsed.records.scale, parsed.job.seed
+    if data is None:
+        records = sets.bundled(parsed.records.schema, seed, scale)
+    else:
+        records = table.sites_of(table.load(data), columns_of(parsed), scale, seed)
     with Console(stderr=True).status(f"{parsed.job.name}: joining") as line:
 
         def watch(name: str, assembled: Any) -> None:
@@ -407,7 +444,7 @@ def simulate(
             if name == "server" and session.turns:
                 line.update(f"{parsed.job.name}: turn {max(session.at, 0)} of {len(session.turns)}")
 
-        result = run(parsed, bundled(parsed.job.seed), folder=folder, watch=watch)
+        result = run(parsed, records, folder=folder, watch=watch)
     rows = {**result.sites, "all sites": result.all} if result.all else result.sites
     text = [
         f"{name}: {', '.join(f'{k} {v:.4g}' for k, v in row.items() if v is not None)}" for name, row in rows.items()

@@ -21,8 +21,11 @@ partway.errors.ConfigError: the job: [job] has no key `sed`; did you mean `seed`
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
+import typing
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -105,6 +108,9 @@ class Training(Settings, frozen=True, kw_only=True):
     dtype: Literal["float32", "float64"] = "float32"
     threads: Annotated[int, Meta(ge=1, le=256)] = 1
     """Of torch, at every party: part of what "the same bits" means."""
+    class_weights: Literal["none", "sqrt"] = "none"
+    """`sqrt`: the loss of a record of a rare class counts more, as count ** -1/2, by blind counts over all sites'
+    training records; their mean weight is 1."""
     sums: Literal["blind", "clear"] = "blind"
     """`clear` lets the server read every share: for measurements. A policy refuses it unless it says otherwise."""
 
@@ -126,11 +132,89 @@ class ResultTerms(Settings, frozen=True, kw_only=True):
     trunk: Literal["server", "everyone"] = "server"
 
 
-class JobRecords(Settings, frozen=True, kw_only=True):
-    """`[records]`: what a record is."""
+Scale = Literal["statistics", "reference", "marks"]
 
-    schema: Literal["thyroid", "dataset"] = "thyroid"
-    """`thyroid`: the columns of `partway.data.thyroid`. `dataset`: any PyTorch dataset of (features, label)."""
+
+class JobRecords(Settings, frozen=True, kw_only=True):
+    """`[records]`: what a record is, and how it becomes numbers."""
+
+    schema: Annotated[str, Meta(max_length=64, pattern=r"^([a-z]+|[A-Za-z0-9][A-Za-z0-9_.-]*\.toml)$")] = "thyroid"
+    """A bundled schema, or a file beside the job's. `dataset`: any PyTorch dataset of (features, label)."""
+    scale: Scale = "statistics"
+    """Of numeric columns: by mean and deviation over all sites, from two blind sums; or each that has one by its
+    reference range, for which nothing is exchanged; `marks` adds steps at and beyond the range's limits."""
+
+
+class Numeric(Settings, frozen=True, kw_only=True, tag_field="kind", tag="numeric"):
+    """A number."""
+
+    unit: Annotated[str, Meta(max_length=64)] = ""
+    """A site whose file has another one does not fit; nothing is converted."""
+    range: tuple[float, float] | None = None
+    """Of values that can be."""
+    outside: Literal["error", "leave out"] = "error"
+    """What a value outside `range` means: the file is wrong, or the record does not count."""
+    log: Annotated[float, Meta(gt=0)] | None = None
+    """The feature is log(value + this)."""
+    missing: tuple[str, ...] = ("",)
+    """What stands for "not measured"; a number also matches otherwise written, as 0 does 0.0."""
+    measured_flag: bool = False
+    """One more feature: whether it was measured."""
+    reference: tuple[float, float] | None = None
+    """The clinical reference range."""
+    marks: bool = False
+    """With `scale = "marks"`: seven more features, steps at and beyond the limits of `reference`."""
+
+
+class Flag(Settings, frozen=True, kw_only=True, tag_field="kind", tag="flag"):
+    """Yes or no: one feature, 0 where it is missing."""
+
+    values: tuple[str, str] = ("0", "1")
+    """For no and for yes; a number also matches otherwise written."""
+    missing: tuple[str, ...] = ()
+    measured_flag: bool = False
+
+
+class Category(Settings, frozen=True, kw_only=True, tag_field="kind", tag="category"):
+    """One of several: a feature for each value, all 0 where it is missing."""
+
+    values: Annotated[tuple[str, ...], Meta(min_length=2, max_length=1000)]
+    missing: tuple[str, ...] = ()
+
+
+Column = Numeric | Flag | Category
+ColumnName = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
+
+
+class SchemaHeader(Settings, frozen=True, kw_only=True):
+    """`[schema]`"""
+
+    name: Name
+    label: ColumnName
+    """The column of the classes."""
+    leave_out: tuple[str, ...] = ()
+    """Labels whose records do not count."""
+    by_prefix: bool = False
+    """A label means what its first letters mean."""
+    site: ColumnName | None = None
+    """The column that says the site, where one file has several sites' records."""
+
+
+class Columns(Settings, frozen=True, kw_only=True):
+    """A schema file: what every site of a federation has in its file of records."""
+
+    schema: SchemaHeader
+    classes: Annotated[dict[str, tuple[str, ...]], Meta(min_length=2, max_length=1000)]
+    """In this order; each with the labels that mean it."""
+    columns: Annotated[dict[ColumnName, Column], Meta(min_length=1, max_length=2000)]
+    """In the order of the features. Other columns of a site's file are not read."""
+    sites: dict[Name, str] = {}
+    """What stands in the site column for each site; other rows are not read. Without it, each value is a site."""
+
+    @property
+    def numbered(self) -> tuple[str, ...]:
+        """A column's number stands for it where no words may leave: the label, the columns, and the site."""
+        return (self.schema.label, *self.columns, *([self.schema.site] if self.schema.site else []))
 
 
 class Job(Settings, frozen=True, kw_only=True):
@@ -144,6 +228,8 @@ class Job(Settings, frozen=True, kw_only=True):
     result: ResultTerms = field(default_factory=ResultTerms)
     roster: dict[Name, Fingerprint] = {}
     """The sites, by name and key fingerprint (SHA-256 of the certificate's public key)."""
+    columns: Columns | None = None
+    """What `[records] schema` names, read: never part of the job file itself. None for `dataset`."""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -200,9 +286,13 @@ class Policy(Settings, frozen=True, kw_only=True):
 class Connection(Settings, frozen=True, kw_only=True):
     """`[data]` of a site: where its records are."""
 
-    connector: Literal["csv"] = "csv"
+    connector: Literal["csv", "parquet"] = "csv"
     path: Annotated[str, Meta(min_length=1)]
-    """A CSV file with a header, compressed (`.gz`) or not; relative to the site file."""
+    """Relative to the site file. A CSV file has a header and commas, and may be compressed (`.gz`)."""
+    site: Name | None = None
+    """Only this site's rows are read, by the schema's site column; without it all are."""
+    units: dict[str, str] = {}
+    """By column, the unit in this file, where the schema's must be confirmed."""
 
 
 class SiteHeader(Settings, frozen=True, kw_only=True):
@@ -249,8 +339,12 @@ class Server(Settings, frozen=True, kw_only=True):
 S = TypeVar("S", bound=Settings)
 
 
-def read_job(text: str | bytes, where: str = "the job") -> Job:
-    """A job from TOML. Raises `ConfigError` with the place, and the nearest key for a typing error."""
+def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | None = None) -> Job:
+    """A job from TOML. Raises `ConfigError` with the place, and the nearest key for a typing error.
+
+    Args:
+        schema: the text of the schema file that `[records] schema` names, if it names a file.
+    """
     job = _read(text, Job, where)
     cuts = {"vanilla": 1, "u_shaped": 2}[job.training.configuration]
     if len(job.network.cut) != cuts:
@@ -268,7 +362,91 @@ def read_job(text: str | bytes, where: str = "the job") -> Job:
         raise ConfigError(
             f"{where}: [evaluation] site_scores needs trunk_travels = true, for scores are made at the sites"
         )
-    return job
+    name = job.records.schema
+    if name == "dataset":
+        return job
+    if not name.endswith(".toml"):
+        return msgspec.structs.replace(job, columns=bundled_schema(name, where))
+    if schema is None:
+        raise ConfigError(f"{where}: [records] schema = `{name}` is a file, and only the job's text was given")
+    return msgspec.structs.replace(job, columns=read_schema(schema, name))
+
+
+def job_texts(path: Path) -> tuple[bytes, bytes | None]:
+    """A job file's text, and that of the schema file beside it, if it names one."""
+    text = contents(path, ConfigError)
+    name = _read(text, Job, str(path)).records.schema
+    return text, contents(path.parent / name, ConfigError) if name.endswith(".toml") else None
+
+
+def read_job_file(path: Path) -> Job:
+    """A job, with the schema file beside it."""
+    text, schema = job_texts(path)
+    return read_job(text, str(path), schema)
+
+
+SCHEMAS = ("thyroid", "heart", "support")
+"""Bundled, each with its records."""
+
+
+def bundled_schema(name: str, where: str = "the schema") -> Columns:
+    """A bundled schema by name."""
+    if name not in SCHEMAS:
+        near = difflib.get_close_matches(name, (*SCHEMAS, "dataset"), n=1)
+        advice = f"did you mean `{near[0]}`?" if near else f"bundled are {', '.join(SCHEMAS)}; a file ends in .toml"
+        raise ConfigError(f"{where}: there is no schema `{name}`; {advice}")
+    path = Path(__file__).parent / "data" / "bundled" / f"{name}.toml"
+    return read_schema(contents(path), str(path))
+
+
+def read_schema(text: str | bytes, where: str = "the schema") -> Columns:
+    """A schema from TOML. Raises `ConfigError` with the column and what cannot be."""
+    words = _words(text, where)
+    if isinstance(columns := words.get("columns"), dict):
+        for name, column in columns.items():  # one by one, so that a fault is told with its column
+            _converted(column, Column, f"{where}: [columns] {name}")
+    schema: Columns = _converted(words, Columns, where)
+    header = schema.schema
+    if header.label in schema.columns or header.site in (header.label, *schema.columns):
+        raise ConfigError(f"{where}: label, site and columns must be different columns")
+    if schema.sites and header.site is None:
+        raise ConfigError(f"{where}: [sites] says what stands in the site column, and [schema] site names none")
+    _check_words([*schema.classes.values(), header.leave_out], f"{where}: [classes] and leave_out", header.by_prefix)
+    for name, column in schema.columns.items():
+        here = f"{where}: [columns] {name}"
+        if isinstance(column, Numeric):
+            _check_numeric(column, here)
+        else:
+            _check_words([column.missing, *((value,) for value in column.values)], here)
+    return schema
+
+
+def _check_numeric(column: Numeric, here: str) -> None:
+    for key in ("range", "reference"):
+        low, high = getattr(column, key) or (0, 1)
+        if not (low < high and math.isfinite(low) and math.isfinite(high)):
+            raise ConfigError(f"{here}: {key} goes from a number to a larger one")
+        if column.log is not None and low + column.log <= 0:
+            raise ConfigError(f"{here}: {key} begins where log(value + {column.log:g}) does not exist")
+    if column.marks and column.reference is None:
+        raise ConfigError(f"{here}: marks stand at the limits of `reference`, which is not given")
+    if column.outside == "leave out" and column.range is None:
+        raise ConfigError(f"{here}: outside needs a range")
+
+
+def _check_words(groups: Iterable[Sequence[str]], here: str, by_prefix: bool = False) -> None:
+    """No value stands for two things."""
+    seen: list[str] = []
+    for group in groups:
+        for word in group:
+            if by_prefix and not word:
+                raise ConfigError(f"{here}: with by_prefix, an empty label would match every one")
+            for other in seen:
+                if word == other or (by_prefix and (word.startswith(other) or other.startswith(word))):
+                    raise ConfigError(f"{here}: `{word}` means two things")
+        seen += group
+    if len(set(seen)) < len(seen):
+        raise ConfigError(f"{here}: a value is there twice")
 
 
 def read_site(path: Path) -> Site:
@@ -288,10 +466,18 @@ def contents(path: Path, error: type[UsageError] = UsageError) -> bytes:
 
 
 def _read(text: str | bytes, kind: type[S], where: str) -> S:
+    settings: S = _converted(_words(text, where), kind, where)
+    return settings
+
+
+def _words(text: str | bytes, where: str) -> dict[str, Any]:
     try:
-        words = tomllib.loads(text if isinstance(text, str) else text.decode())
+        return tomllib.loads(text if isinstance(text, str) else text.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: not TOML: {error}") from None
+
+
+def _converted(words: Any, kind: Any, where: str) -> Any:
     _check_keys(words, kind, where, "")
     try:
         return msgspec.convert(words, kind)
@@ -300,16 +486,36 @@ def _read(text: str | bytes, kind: type[S], where: str) -> S:
         raise ConfigError(f"{where}: {message}") from None
 
 
-def _check_keys(words: Any, kind: type[msgspec.Struct], where: str, section: str) -> None:
+def _check_keys(words: Any, kind: Any, where: str, section: str) -> None:
     """Names the nearest key for one that does not exist."""
     if not isinstance(words, dict):
         return
+    kind = _kind_of(words, kind)
+    if typing.get_origin(kind) is dict:
+        for key, value in words.items():
+            _check_keys(value, typing.get_args(kind)[1], where, f"{section} {key}")
+    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+        return
     fields = {f.encode_name: f.type for f in msgspec.structs.fields(kind)}
+    if kind is Job:
+        del fields["columns"]  # from a file of its own
+    if kind.__struct_config__.tag_field:
+        fields[kind.__struct_config__.tag_field] = str
     for key, value in words.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             advice = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(fields)}"
             raise ConfigError(f"{where}: {section + ' ' if section else ''}has no key `{key}`; {advice}")
-        inner = fields[key]
-        if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
-            _check_keys(value, inner, where, f"[{key}]" if not section else f"{section} {key}")
+        _check_keys(value, fields[key], where, f"[{key}]" if not section else f"{section} {key}")
+
+
+def _kind_of(words: dict[str, Any], kind: Any) -> Any:
+    """A type without its bounds; of several structures, the one that the words' tag names."""
+    while typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    options = [o for o in typing.get_args(kind) if isinstance(o, type) and issubclass(o, msgspec.Struct)]
+    for option in options if typing.get_origin(kind) is not dict else []:
+        tag = option.__struct_config__.tag_field
+        if tag is None or words.get(tag) == option.__struct_config__.tag:
+            return option
+    return kind

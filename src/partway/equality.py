@@ -23,6 +23,7 @@ from partway.train import metrics
 from partway.train.draws import first_weights, order_of
 from partway.train.source import RecordSource
 from partway.train.stopping import Best, Verdict
+from partway.train.tallies import class_weights
 
 Rows = tuple[Tensor, Tensor]
 """Features or activations (n, ...), and labels (n,)."""
@@ -68,13 +69,18 @@ class _Plain:
     ) -> None:
         self.job, self.digest, self.secrets, self.records, self.server = job, digest, secrets, records, server
         allowed = Policy(networks=[job.network.build], most_parameters=2**31 - 1)
-        self.network: Network = network_of(job, allowed, next(iter(records.values())).schema)
+        schema = next(iter(records.values())).schema
+        self.network: Network = network_of(job, allowed, schema)
         plan, _ = plan_of(job, server)
         self.at_sites = (*at_sites(plan), LOCAL_HEAD)
         self.losses: list[float] = []
         dtype = DTYPES[job.training.dtype]
         sources = {site: RecordSource(records[site], b"", b"", dtype) for site in job.sites}
         standardise_together(list(sources.values()))
+        self.weights: Tensor | None = None
+        if job.training.class_weights == "sqrt":
+            labels = torch.cat([own.labels[own.division["train"]] for own in records.values()])
+            self.weights = class_weights(torch.bincount(labels, minlength=schema.classes)).to(dtype)
         self.features = {site: source.features for site, source in sources.items()}
 
     def rows(self, site: str, part: Part, epoch: int) -> Rows:
@@ -101,7 +107,7 @@ class _Plain:
         whole, training = self.network.whole, self.job.training
         optimizer, looks = optimizer_of(training.optimizer)(list(whole.parameters())), Looks(self.job, whole)
         for epoch in range(start, start + epochs):
-            self.losses += [step(whole, optimizer, batch) for batch in self.union_batches(epoch)]
+            self.losses += [step(whole, optimizer, batch, self.weights) for batch in self.union_batches(epoch)]
             if self.job.evaluation.trunk_travels and looks.stop(epoch - start, whole, self.all_rows("validation", 0)):
                 break
         looks.restore()
@@ -117,7 +123,7 @@ class _Plain:
                 made = optimizer_of(half.optimizer)(list(network.parameters()))
                 for e in range(epoch, epoch + half.local_epochs):
                     for batch in cut_up(self.rows(site, "train", e), half.batch):
-                        step(network, made, batch)
+                        step(network, made, batch, self.weights)
             sizes = {site: self.records[site].sizes["train"] for site in mine}
             averaged = {name: 0 * weight for name, weight in own.state_dict().items()}
             for site, network in mine.items():
@@ -138,7 +144,9 @@ class _Plain:
         x, y = held["train"]
         for epoch in range(start, start + training.epochs):
             order = order_of(len(y), self.secrets[self.server], self.digest, epoch)
-            self.losses += [step(trunk, made, batch) for batch in cut_up((x[order], y[order]), training.batch)]
+            self.losses += [
+                step(trunk, made, batch, self.weights) for batch in cut_up((x[order], y[order]), training.batch)
+            ]
             if looks.stop(epoch - start, trunk, held["validation"]):
                 break
         looks.restore()
@@ -171,11 +179,11 @@ class Looks:
             self._network.load_state_dict(self._best)
 
 
-def step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Rows) -> float:
-    """The mean loss over a batch, backward, update."""
+def step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Rows, weights: Tensor | None = None) -> float:
+    """The loss over a batch, each record's by the weight of its class, divided by the records; backward, update."""
     network.train()
     optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(network(batch[0]), batch[1])
+    loss = nn.functional.cross_entropy(network(batch[0]), batch[1], weight=weights, reduction="sum") / len(batch[1])
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return float(loss.detach())

@@ -39,7 +39,14 @@ class ConfigError(UsageError):
 
 
 class DataError(UsageError):
-    """A file of records is damaged, or holds what the job does not expect."""
+    """A file of records is damaged, or holds what the job does not expect.
+
+    `faults` are column numbers of the schema and enum names, safe to tell others; the message may hold a value.
+    """
+
+    def __init__(self, message: str, faults: Sequence[tuple[int, str]] = ()) -> None:
+        self.faults = tuple(faults)
+        super().__init__(message)
 
 
 class PlanError(UsageError):

@@ -204,10 +204,10 @@ class LocalFederation:
 
     # -- jobs
 
-    def sign(self, job: Mapping[str, Mapping[str, Any]]) -> bytes:
-        """A signed job; its roster is all sites, if it has none."""
+    def sign(self, job: Mapping[str, Mapping[str, Any]], schema: str = "") -> bytes:
+        """A signed job, with the text of a schema that it names; its roster is all sites, if it has none."""
         roster = {site: self.fingerprints[site] for site in self.sites}
-        return pki.sign_job(self._operator, toml({"roster": roster, **job}).encode())
+        return pki.sign_job(self._operator, toml({"roster": roster, **job}).encode(), schema.encode())
 
     def ask(self, method: str, request: bytes) -> bytes:
         """One of the operator's calls to the server."""
@@ -232,16 +232,19 @@ class LocalFederation:
         """Hands a signed job to the server."""
         return Status(**json.loads(self.ask("submit", signed)))
 
-    def run(self, job: Mapping[str, Mapping[str, Any]], watch: Callable[[Status], None] | None = None) -> Ran:
+    def run(
+        self, job: Mapping[str, Mapping[str, Any]], watch: Callable[[Status], None] | None = None, schema: str = ""
+    ) -> Ran:
         """Signs and submits a job, and waits for its end.
 
         Args:
             watch: told where it stands, a few times a second.
+            schema: the text of the schema file that the job names, if it names one.
 
         Raises:
             JobFailed, Refused: as the server says.
         """
-        signed = self.sign(job)
+        signed = self.sign(job, schema)
         status = self.submit(signed)
         while not status.ended:
             time.sleep(0.2)

@@ -289,8 +289,10 @@ def _reason_for(error: PartwayError) -> tuple[Reason, str]:
 def given_up(party: str, failure: Fail | None) -> PartwayError:
     """What another party's FAIL means here."""
     reason, blamed = (failure.reason, failure.peer) if failure else (Reason.FAULT, "")
+    if reason is Reason.DATA:
+        return JobFailed(f"{party} gave up: some site's records do not fit the job; its operator is told in what")
     if reason >= Reason.OPERATOR:
-        return Refused(f"{party} refuses the job: {reason.name}; its own log has the words", [reason.name])
+        return Refused(f"{blamed or party} refuses the job: {reason.name}; its own log has the words", [reason.name])
     if blamed:
         why = "is gone or silent" if reason is Reason.LOST else "said what it may not"
         return JobFailed(f"{party} gave up because {blamed} {why}; its own log has the words")

@@ -243,8 +243,13 @@ def spoken(fingerprint: str) -> str:
 # -- jobs
 
 
+_LONGEST = 2**17
+
+
 class _SignedJob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    toml: Annotated[bytes, Meta(max_length=2**18)]
+    toml: Annotated[bytes, Meta(max_length=_LONGEST)]
+    schema: Annotated[bytes, Meta(max_length=_LONGEST)]
+    """Empty where the job names a bundled schema."""
     nonce: Annotated[bytes, Meta(min_length=16, max_length=16)]
     certificate: Annotated[bytes, Meta(max_length=2**14)]
     signature: Annotated[bytes, Meta(max_length=80)]
@@ -255,17 +260,26 @@ class OpenedJob:
     """A job as its operator signed it."""
 
     toml: bytes
+    schema: bytes
+    """The text of the schema file that the job names; empty where it names a bundled one."""
     operator: Subject
     digest: bytes
     """32 bytes that stand for this job from now on; signed again, the same words have another one."""
 
 
-def sign_job(identity: Identity, toml: bytes) -> bytes:
-    """The job's words with the operator's certificate and signature. Raises `TrustError` for another role."""
+def sign_job(identity: Identity, toml: bytes, schema: bytes = b"") -> bytes:
+    """The job's words, and its schema's, with the operator's certificate and signature.
+
+    Raises:
+        TrustError: it is no operator.
+        UsageError: a text is too long.
+    """
     if identity.subject.role is not Role.OPERATOR:
         raise TrustError(f"{identity.name} is {identity.subject.role}; only operators sign jobs")
+    if max(len(toml), len(schema)) > _LONGEST:
+        raise UsageError(f"a job and its schema have at most {_LONGEST:,} bytes each")
     nonce = os.urandom(16)
-    job = _SignedJob(toml, nonce, identity.certificate_pem, identity.sign(_digest(nonce, toml)))
+    job = _SignedJob(toml, schema, nonce, identity.certificate_pem, identity.sign(_digest(nonce, toml, schema)))
     return msgspec.msgpack.encode(job)
 
 
@@ -278,14 +292,14 @@ def open_job(signed: bytes, authority_pem: bytes) -> OpenedJob:
     operator = verify_certificate(job.certificate, authority_pem)
     if operator.role is not Role.OPERATOR:
         raise TrustError(f"the job is signed by {operator.name}, {operator.role}; only operators sign jobs")
-    digest = _digest(job.nonce, job.toml)
+    digest = _digest(job.nonce, job.toml, job.schema)
     if not signed_by(operator.key_der, job.signature, digest):
         raise TrustError(f"the job was altered after {operator.name} had signed it")
-    return OpenedJob(job.toml, operator, digest)
+    return OpenedJob(job.toml, job.schema, operator, digest)
 
 
-def _digest(nonce: bytes, toml: bytes) -> bytes:
-    return hashlib.sha256(b"partway/job/v1\0" + nonce + toml).digest()
+def _digest(nonce: bytes, toml: bytes, schema: bytes) -> bytes:
+    return hashlib.sha256(b"partway/job/v1\0" + nonce + len(toml).to_bytes(8, "little") + toml + schema).digest()
 
 
 # -- parties' folders

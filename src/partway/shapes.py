@@ -96,8 +96,8 @@ class Shapes:
     """By segment."""
     tallies: Mapping[str, int]
     """How many numbers each tally counts."""
-    figures: int
-    """Numbers in a report of scores."""
+    figures: Mapping[str, int]
+    """Numbers in a report of each tally that is told."""
     dtype: torch.dtype
     words: int
     """int64 words for a number of a gradient in a blind sum; 0 where sums are added in the clear."""
@@ -137,7 +137,7 @@ class Shapes:
         elif kind is LetterKind.LABELS:
             plain = (Spec("x", "int64", (rows,)),)
         elif kind is LetterKind.SCORES:
-            plain = (Spec("x", "float64", (1, self.figures)),)
+            plain = (Spec("x", "float64", (1, self.figures[source])),)
         elif kind in (LetterKind.SHARE, LetterKind.SUM):
             plain = (self._summed(source),)
         elif kind is LetterKind.STATE:

@@ -12,8 +12,8 @@ import msgspec
 from torch.utils.data import Dataset
 
 from partway import pki
-from partway.assembly import Assembled, Place, assemble, result_of
-from partway.config import Job, Policy, read_job
+from partway.assembly import Assembled, Place, assemble, result_of, schema_of
+from partway.config import Job, Policy, read_job, read_job_file
 from partway.data.records import Records
 from partway.egress import Tap
 from partway.errors import DataError, JobFailed, PartwayError
@@ -127,6 +127,9 @@ def federation(
     schemas = {r.schema for r in records.values()}
     if len(schemas) != 1:
         raise DataError(f"the sites' records do not look alike: {', '.join(sorted(map(str, schemas)))}")
+    (schema,) = schemas
+    if job.columns is not None and schema != schema_of(job):
+        raise DataError(f"the job's records are {schema_of(job)}; those given are {schema}")
     parties = {}
     for name, identity in identities.items():
         home = folder / name if folder else None
@@ -141,7 +144,6 @@ def federation(
             device=device,
             tap=(taps or {}).get(name),
         )
-        (schema,) = schemas
         parties[name] = assemble(job, digest, "simulate", everyone, SERVER, place, schema, pki.signed_by)
     return Federation(job, digest, secrets, parties)
 
@@ -169,8 +171,7 @@ def simulate(
         CutError: the network cannot be cut there.
     """
     if not isinstance(job, Job):
-        where = str(job) if isinstance(job, Path) else "the job"
-        job = read_job(job.read_bytes() if isinstance(job, Path) else job, where)
+        job = read_job_file(job) if isinstance(job, Path) else read_job(job)
     records: dict[str, Records] = {}
     for site, given in data.items():
         if isinstance(given, Records):
@@ -180,7 +181,7 @@ def simulate(
         else:
             records[site] = Records.from_dataset(given, classes, job.job.seed)
     if classes is not None:
-        job = msgspec.structs.replace(job, records=msgspec.structs.replace(job.records, schema="dataset"))
+        job = msgspec.structs.replace(job, records=msgspec.structs.replace(job.records, schema="dataset"), columns=None)
     began = time.perf_counter()
     whole = federation(job, records, folder=folder)
     whole.run(watch=watch)

@@ -23,6 +23,8 @@ class Settings:
     """Records in a union batch, over all sites."""
     standardise: bool = False
     """Two blind sums come first, from which every site standardises its numeric columns."""
+    class_weights: bool = False
+    """Records of each class are counted over all sites before the first step."""
     validate_every: int = 0
     """Epochs between two evaluations on the validation records; 0 for none."""
     keep_best: bool = False
@@ -159,6 +161,10 @@ def _begin(plan: Plan, settings: Settings, sizes: Sizes, shared: Sequence[str]) 
     turns: list[Turn] = []
     if settings.standardise:
         turns += _whole(_part(plan, sizes, "train"), "train", ("sums", "squares"))
+    if settings.class_weights:
+        turns += _whole(_part(plan, sizes, "train"), "train", ("classes",))
+        if not plan[_with_loss(plan)].laned:  # the loss is the server's
+            turns += _whole({plan.sites[0]: 1}, "train", ("report_classes",))
     first, *others = plan.sites
     if others:
         turns.append(Turn(gives=tuple((Copy(n, first), Copy(n, lane)) for n in shared for lane in others)))
@@ -305,15 +311,21 @@ def _visits(plan: Plan) -> tuple[tuple[Copy, Copy], ...]:
     return tuple((Copy(n), Copy(here(n), lane)) for n in central(plan) for lane in plan.sites)
 
 
-TALLIES = ("sums", "squares", "scores")
-"""What is counted at the sites and summed, each by the flow of its name: for standardisation, and confusion counts."""
+TALLIES = ("sums", "squares", "classes", "scores")
+"""What is counted at the sites and summed, each by the flow of its name: for standardisation and class weights, and
+confusion counts."""
+
+
+def _with_loss(plan: Plan) -> str:
+    """The piece that has the loss."""
+    return next(e.target for e in plan.edges("split") if e.kind == "labels")
 
 
 def _with_counts(plan: Plan, settings: Settings) -> Plan:
     """The plan with the flows that stand around training: statistics before it, evaluation and result after."""
     visiting = {name: here(name) for name in central(plan)}
     split = plan.edges("split")
-    last = next(e.target for e in split if e.kind == "labels")
+    last = _with_loss(plan)
     kept = at_sites(plan) if settings.bottom_to_everyone else ()
 
     def at_home(edge: Edge) -> Edge:
@@ -334,6 +346,7 @@ def _with_counts(plan: Plan, settings: Settings) -> Plan:
         *plan.flows,
         ("sums", counted("sums")),
         ("squares", counted("squares")),
+        ("classes", counted("classes")),
         (
             "scores",
             (
@@ -343,6 +356,7 @@ def _with_counts(plan: Plan, settings: Settings) -> Plan:
             ),
         ),
         ("report", (Edge("scores", "board", "scores", gradient=False),)),
+        ("report_classes", (Edge("classes", "board", "scores", gradient=False),)),
         ("report_own", (Edge("own_scores", "board", "scores", gradient=False),)),
     )
     return replace(plan, segments=segments, flows=flows).checked()

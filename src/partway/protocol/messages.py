@@ -65,6 +65,18 @@ class Reason(IntEnum):
     """Policy: records' activations would be handed over to be kept more often than this site allows."""
 
 
+class Wrong(IntEnum):
+    """In what a site's records do not fit the schema of the job, as a number."""
+
+    MISSING_COLUMN = 1
+    UNIT = 2
+    CLASS = 3
+    CATEGORY = 4
+    RANGE = 5
+    NUMBER = 6
+    NO_RECORDS = 7
+
+
 class LetterKind(IntEnum):
     """What a letter of a turn carries."""
 
@@ -164,12 +176,25 @@ class Bye(Message, frozen=True, tag="bye"):
     """No turn is left in which I have a part."""
 
 
+class Mismatch(NamedTuple):
+    """One thing in which a site's records do not fit."""
+
+    column: Annotated[int, Meta(ge=0, lt=2**16)]
+    """Its number in the schema: 0 is the label, then the columns, then the site column."""
+    kind: Wrong
+
+
+MOST_MISMATCHES = 2**13
+
+
 class Fail(Message, frozen=True, tag="fail"):
     """I give up the job."""
 
     reason: Reason
     peer: Annotated[str, Meta(max_length=64)] = ""
     """The party at fault, if it is not me."""
+    mismatches: Annotated[tuple[Mismatch, ...], Meta(max_length=MOST_MISMATCHES)] = ()
+    """With `DATA`: everything in which this site's records do not fit. Numbers, no words."""
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -21,8 +21,10 @@ from pathlib import Path
 from partway import __version__, pki
 from partway.assembly import Assembled, Place, assemble, result_of, schema_of
 from partway.config import Job, Server, read_job
-from partway.errors import JobFailed, LinkLost, PartwayError, PeerError, Refused, TrustError, UsageError
-from partway.party import Out
+from partway.data.schema import columns_of
+from partway.data.table import mismatch
+from partway.errors import DataError, JobFailed, LinkLost, PartwayError, PeerError, Refused, TrustError, UsageError
+from partway.party import Out, given_up
 from partway.protocol.messages import Bye, Fail, Greet, Head, Offer, Reason
 from partway.report import write_whole
 from partway.server.status import Status
@@ -144,7 +146,7 @@ class Coordinator:
         opened = pki.open_job(signed, self.identity.authority_pem)
         if opened.operator.name != submitter:
             raise TrustError(f"the job is signed by {opened.operator.name}, not by {submitter}; submit your own")
-        job = read_job(opened.toml)
+        job = read_job(opened.toml, schema=opened.schema)
         if not job.roster:
             raise UsageError("the job has no [roster]: add each site's name and key fingerprint, and sign it again")
         number = opened.digest.hex()[:12]
@@ -278,10 +280,13 @@ class _Run:
         self._began = self._told = time.monotonic()
         self._early: deque[tuple[str, Frame] | PartwayError] = deque()
         """What has come in while the party was at work, in order."""
+        self._blamed = ""
+        """The site that has refused."""
 
     def walk(self) -> None:
         """Raises what ends the job before its time."""
         self._post(self._party.start())
+        self._hear_all()
         while not self._party.ended:
             item = self._early.popleft() if self._early else self._submitted.inbox.get()
             if isinstance(item, LinkLost) and self._has_left(item):
@@ -292,11 +297,45 @@ class _Run:
             self._show()
         self._update()
 
+    def _hear_all(self) -> None:
+        """Waits until each site has taken the offer or failed, so that failures are told of all sites together.
+
+        Raises:
+            DataError: records do not fit; the words have every such site and column, and no value.
+            Refused, JobFailed: a site gives up.
+        """
+        came: list[tuple[str, Frame]] = []
+        silent, again = set(self._links), False
+        while silent and not again:  # who speaks twice cannot have heard all others: it fails, or is at fault
+            self._submitted.status.waits_for = sorted(silent)
+            item = self._submitted.inbox.get()
+            if isinstance(item, PartwayError):
+                raise item
+            came.append(item)
+            again = item[0] not in silent
+            silent.discard(item[0])
+        fails = {site: frame.message for site, frame in came if isinstance(frame.message, Fail)}
+        wrong, words = {}, []
+        for site, fail in sorted(fails.items()):
+            if fail.reason is Reason.DATA:
+                wrong[site] = [(found.column, found.kind.name) for found in fail.mismatches]
+            else:
+                words.append(str(given_up(site, fail)))
+        if wrong:
+            raise DataError("; ".join([mismatch(columns_of(self._submitted.job), wrong), *words]))
+        for self._blamed, fail in sorted(fails.items()):
+            raise given_up(self._blamed, fail)
+        self._early += came
+
     def give_up(self, error: PartwayError) -> None:
         """The other parties hear why, as an enum; a party that has told them already says nothing more."""
         reason, peer = Reason.FAULT, ""
         if self._submitted.stopped:
             reason = Reason.STOPPED
+        elif isinstance(error, DataError):
+            reason = Reason.DATA
+        elif isinstance(error, Refused) and error.reasons:
+            reason, peer = Reason[error.reasons[0]], self._blamed
         elif isinstance(error, PeerError):
             reason, peer = Reason.LOST if isinstance(error, LinkLost) else Reason.PEER, error.peer
         self._post(self._party.give_up(reason, peer))

@@ -16,11 +16,21 @@ from pathlib import Path
 from partway import __version__, pki
 from partway.assembly import Assembled, Place, assemble, result_of, schema_of
 from partway.config import Site, read_job
-from partway.data import thyroid
+from partway.data import table
 from partway.egress import Tap
 from partway.errors import DataError, JobFailed, LinkLost, PartwayError, Refused, TrustError, UsageError
 from partway.party import Out
-from partway.protocol.messages import ANYBODY, Fail, Greet, Head, Offer, Reason
+from partway.protocol.messages import (
+    ANYBODY,
+    MOST_MISMATCHES,
+    Fail,
+    Greet,
+    Head,
+    Mismatch,
+    Offer,
+    Reason,
+    Wrong,
+)
 from partway.transport.grpc import ClientLink, Credentials
 from partway.wire import frames
 from partway.wire.frames import Frame
@@ -65,14 +75,14 @@ class Agent:
 
     def __init__(self, site: Site, home: Path, say: Callable[[Progress], None], tap: Tap | None = None) -> None:
         self.settings, self._home, self._say, self._tap = site.site, home, say, tap
-        self._policy, self._path = site.policy, home / site.data.path
+        self._policy, self._data = site.policy, site.data
         self.identity = pki.Identity.load(home / self.settings.identity)
         subject = self.identity.subject
         if subject.role is not pki.Role.SITE or subject.name != self.settings.name:
             held = f"the certificate is that of {subject.name}, {subject.role}"
             raise TrustError(f"{held}; the site file says {self.settings.name}")
         self._secret = own_secret(home / self.settings.identity)
-        thyroid.read(self._path, seed=0)
+        table.load(home / site.data.path, site.data.connector)  # whether it fits, a job's schema says
         self._running: Assembled | None = None
         """The job that runs."""
         self._began = self._told = 0.0
@@ -152,7 +162,7 @@ class Agent:
         name, digest, folder = "a job", bytes(32), None
         try:
             opened = pki.open_job(offer.job, self.identity.authority_pem)
-            job, digest = read_job(opened.toml), opened.digest
+            job, digest = read_job(opened.toml, schema=opened.schema), opened.digest
             name = job.job.name
             subject = pki.verify_certificate(offer.certificate, self.identity.authority_pem)
             if subject.role is not pki.Role.SERVER or subject.name != server:
@@ -169,7 +179,7 @@ class Agent:
                 identity=self.identity,
                 policy=self._policy,
                 secret=self._secret,
-                records=thyroid.read(self._path, job.job.seed),
+                records=table.read(self._data, self._home, job),
                 folder=folder,
                 device=self.settings.device,
                 tap=self._tap,
@@ -181,7 +191,7 @@ class Agent:
             assembled = assemble(job, digest, opened.operator.name, roster, server, place, schema, pki.signed_by)
         except PartwayError as error:
             self._fails(name, folder, error)
-            fail = Fail(_reason(error))
+            fail = Fail(_reason(error), mismatches=_mismatches(error))
             await self._link.send(frames.encode(Head(self.identity.name, server, digest), fail))
             return error
         try:
@@ -281,6 +291,11 @@ def _reason(error: PartwayError) -> Reason:
     if isinstance(error, DataError):
         return Reason.DATA
     return Reason.OPERATOR if isinstance(error, TrustError) else Reason.FAULT
+
+
+def _mismatches(error: PartwayError) -> tuple[Mismatch, ...]:
+    faults = error.faults if isinstance(error, DataError) else ()
+    return tuple(Mismatch(column, Wrong[kind]) for column, kind in faults)[:MOST_MISMATCHES]
 
 
 def own_secret(folder: Path) -> bytes:

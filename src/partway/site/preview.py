@@ -13,9 +13,10 @@ from torch import Tensor
 
 from partway import pki
 from partway.assembly import DTYPES, Network, network_of, optimizers_of, plan_of, schema_of, shapes_of
-from partway.config import Job, Site, contents, read_job
-from partway.data import thyroid
+from partway.config import Job, Site, contents, read_job, read_job_file
+from partway.data import table
 from partway.data.records import Records, deviation_of, mean_of, moments, squares
+from partway.data.schema import columns_of
 from partway.model.segment import Segment
 from partway.plan.plan import Plan, Turn
 from partway.plan.schedules import Schedule, original
@@ -49,6 +50,9 @@ class Preview:
 
     site: str
     job: str
+    schema: str
+    records: dict[str, int] = field(default_factory=dict)
+    """How many the schema finds in this site's file, for each part; all parties are told."""
     leaves: list[Leaving] = field(default_factory=list)
     objections: list[str] = field(default_factory=list)
     """Why this site's policy would refuse the job, as far as it can be told before the other sites have joined."""
@@ -57,7 +61,10 @@ class Preview:
         return asdict(self)
 
     def text(self) -> str:
-        lines = [f"What would leave {self.site} in the job {self.job} for one record (nothing was sent):"]
+        train, validation, test = (f"{self.records[part]:,}" for part in ("train", "validation", "test"))
+        lines = [f"By the schema {self.schema}, every party hears that {train} records train, {validation} validate "]
+        lines[0] += f"and {test} test"
+        lines += [f"What would leave {self.site} in the job {self.job} for one record (nothing was sent):"]
         for row in self.leaves:
             lines.append(f"  {row.what} to {row.to}, {row.how}: {row.times} x {row.nbytes} bytes")
             if row.values is not None:
@@ -79,25 +86,25 @@ def preview(site: Site, home: Path, job_file: Path) -> Preview:
     me, policy, schema = site.site.name, site.policy, schema_of(job)
     others = [name for name in job.sites if name != me] or ["another-site", "a-third-site"]
     job = msgspec.structs.replace(job, roster=dict.fromkeys(sorted([me, *others]), ""))
-    found = Preview(me, job.job.name)
+    found = Preview(me, job.job.name, columns_of(job).schema.name)
     found.objections += [o.words for o in judge_job(policy, me, job, operator) if o.reason is not Reason.ROSTER]
     plan, schedule = plan_of(job, _SERVER)
     network = network_of(job, policy, schema)
     shapes = shapes_of(job, plan, network, schema)
     turns = _turns(me, plan, schedule)
     found.objections += [o.words for o in judge_turns(policy, me, shapes, turns)]
-    records = thyroid.read(home / site.data.path, job.job.seed)
+    records = table.read(site.data, home, job)
+    found.records = records.sizes
     found.leaves = list(_leaves(me, job, plan, shapes, network, turns, records))
     return found
 
 
 def _job(site: Site, home: Path, path: Path) -> tuple[Job, str]:
-    data = contents(path)
     if path.suffix != ".signed":
         operator = next(iter(site.policy.operators), "nobody")
-        return read_job(data, str(path)), operator
-    opened = pki.open_job(data, contents(home / site.site.identity / "authority.pem"))
-    return read_job(opened.toml, str(path)), opened.operator.name
+        return read_job_file(path), operator
+    opened = pki.open_job(contents(path), contents(home / site.site.identity / "authority.pem"))
+    return read_job(opened.toml, str(path), opened.schema), opened.operator.name
 
 
 def _turns(me: str, plan: Plan, schedule: Schedule) -> tuple[Turn, ...]:

@@ -45,6 +45,39 @@ class Squares:
         self._source.standardise(self._first.mean, deviation_of(self._first.measured, total))
 
 
+class Classes:
+    """How many training records each class has, and what the loss of one counts."""
+
+    def __init__(self, classes: int) -> None:
+        self.size = classes
+        self.weights: Tensor | None = None
+        """Shape (classes,), float64, once all sites' counts are summed."""
+
+    def count(self, turn: Turn, inputs: Tensor, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            raise ValueError("classes are counted by labels")
+        return torch.bincount(labels, minlength=self.size).double()
+
+    def settle(self, turn: Turn, total: Tensor) -> None:
+        self.weights = class_weights(total)
+
+    def report(self) -> Tensor:
+        """The weights, shape (1, classes), float64."""
+        if self.weights is None:
+            raise ValueError("class weights are told before they are counted")
+        return self.weights[None]
+
+
+def class_weights(counts: Tensor) -> Tensor:
+    """count ** -1/2 for each class, scaled so that their mean over the records is 1; 0 for a class without any.
+
+    >>> class_weights(torch.tensor([900.0, 100.0, 0.0]))
+    tensor([0.8333, 2.5000, 0.0000], dtype=torch.float64)
+    """
+    rarity = torch.where(counts > 0, counts.double() ** -0.5, 0.0)
+    return rarity * counts.sum() / (counts * rarity).sum()
+
+
 class Evaluation:
     """Confusion counts and histograms of scores. A site's own scores are exact, and stay here unless reported."""
 

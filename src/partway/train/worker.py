@@ -79,7 +79,6 @@ class Worker:
         judges: what a look at a tally's newest scores says here.
         reports: figures that a tally tells, shape (1, n), float64.
         account: the head of this party's ledger, 32 bytes.
-        loss: a sum over records; the turn's divisor makes it a mean.
         draws: seeds what a segment draws in a forward, from turn, micro-batch and copy.
     """
 
@@ -96,7 +95,6 @@ class Worker:
         judges: Mapping[str, Callable[[], Verdict]] | None = None,
         reports: Mapping[str, Callable[[], Tensor]] | None = None,
         account: Callable[[], bytes] | None = None,
-        loss: Loss | None = None,
         draws: Callable[[int, int, Copy], int] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -113,7 +111,8 @@ class Worker:
         """Heads of the other parties' ledgers, at the hub."""
         self._judges, self._makers, self._account_head, self._draws = dict(judges or {}), optimizers, account, draws
         self._device = torch.device(device)
-        self._loss = loss or (lambda x, y: nn.functional.cross_entropy(x, y, reduction="sum"))
+        self.loss: Loss = lambda x, y: nn.functional.cross_entropy(x, y, reduction="sum")
+        """The turn's divisor makes it a mean."""
         self._optimizers: dict[tuple[Optimizing, Copy, tuple[str, ...]], torch.optim.Optimizer] = {}
         self._kept: dict[Copy, dict[str, Tensor]] = {}
         """What a judge has found best so far."""
@@ -270,7 +269,7 @@ class Worker:
         self.cost.flops += len(inputs) * self.shapes.pieces[copy.segment].forward
         self._out[copy, m] = {LetterKind.ACTIVATIONS: output}
         if labels is not None and training:
-            self._loss_of[copy, m] = self._loss(output, labels) / (self._turn.divisor or len(labels))
+            self._loss_of[copy, m] = self.loss(output, labels) / (self._turn.divisor or len(labels))
 
     def _backward(self, copy: Copy, m: int, takes: Sequence[Post]) -> None:
         if takes:

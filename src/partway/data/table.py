@@ -1,0 +1,318 @@
+"""A hospital's own file, CSV or Parquet, read and checked column by column against a schema.
+
+Everything that does not fit is found at once. The words are for the site's own people, and may hold a value; what may
+leave the site of a `DataError` is its `faults`.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import math
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from partway.config import Column, Columns, Connection, Job, Numeric, Scale
+from partway.data.records import Records, divide
+from partway.data.schema import columns_of, encoded, words
+from partway.errors import DataError
+
+
+class Fault(NamedTuple):
+    """One thing in which a file does not fit a schema."""
+
+    column: int
+    """Its number in the schema: 0 is the label."""
+    kind: str
+    """A key of `schema.FAULTS`."""
+    words: str
+    """For the site's own people."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file's columns as they stand there: text, or what Parquet has."""
+
+    path: Path
+    frame: pl.DataFrame
+    row: str
+    """What a row is called: "line" in a CSV file."""
+    first: int
+    """The number of the first."""
+
+
+def load(path: Path, connector: Literal["csv", "parquet"] | None = None) -> Table:
+    """Reads a file; what it is, its name says if `connector` does not. Raises `DataError` if it is damaged."""
+    connector = connector or ("parquet" if path.suffix == ".parquet" else "csv")
+    try:
+        if connector == "parquet":
+            return Table(path, pl.read_parquet(path.read_bytes()), "row", 1)
+        return Table(path, _csv(path), "line", 2)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (EOFError, zlib.error, UnicodeDecodeError, csv.Error, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def _csv(path: Path) -> pl.DataFrame:
+    """All text. By the standard library, for polars takes a line that is too short as one of missing values."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, strict=True)
+        names = next(reader, [])
+        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+            raise DataError(f"{path}: column {twice[0]} is there twice")
+        rows = []
+        for row in reader:
+            if len(row) != len(names):
+                raise DataError(f"{path}, line {reader.line_num}: another number of values than columns")
+            rows.append(row)
+    return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
+
+
+def read(connection: Connection, home: Path, job: Job) -> Records:
+    """A site's records from the file that its site file names, as a job wants them.
+
+    Args:
+        home: the folder to which the path is relative.
+
+    Raises:
+        ConfigError: the job has no schema.
+        DataError: the file is damaged, or does not fit the schema: with everything that does not.
+    """
+    table = load(home / connection.path, connection.connector)
+    columns, scale, seed = columns_of(job), job.records.scale, job.job.seed
+    return records_of(table, columns, scale, seed, site=connection.site, units=connection.units)
+
+
+def records_of(
+    table: Table,
+    columns: Columns,
+    scale: Scale,
+    seed: int,
+    *,
+    site: str | None = None,
+    units: Mapping[str, str] | None = None,
+) -> Records:
+    """The records of a file, or of one site in it. Raises `DataError` with everything that does not fit."""
+    checked = Checked(table, columns)
+    checked.structure(site, units or {})
+    checked.content(site)
+    if checked.faults:
+        told = "; ".join(fault.words for fault in checked.faults)
+        raise DataError(f"{table.path}: {told}", [(fault.column, fault.kind) for fault in checked.faults])
+    return checked.records(scale, seed)
+
+
+def sites_of(table: Table, columns: Columns, scale: Scale, seed: int) -> dict[str, Records]:
+    """The records of every site in a file, by its site column.
+
+    Raises:
+        DataError: the schema names no site column, or something does not fit: told of all sites together.
+    """
+    common, sites = Checked(table, columns), {name: Checked(table, columns) for name in site_names(table, columns)}
+    common.structure(None, {})
+    for name, checked in sites.items():
+        checked.content(name)
+    failed = {name: c.faults for name, c in {"every site": common, **sites}.items() if c.faults}
+    if failed:
+        told = mismatch(columns, {name: [(f.column, f.kind) for f in faults] for name, faults in failed.items()})
+        raise DataError(f"{told}; `partway check SCHEMA {table.path}` says where")
+    return {name: checked.records(scale, seed) for name, checked in sites.items()}
+
+
+def mismatch(columns: Columns, faults: Mapping[str, Sequence[tuple[int, str]]]) -> str:
+    """Every site whose records do not fit, and in what, in words that hold no value."""
+    return "; ".join(f"{site}: {words(columns, own)}" for site, own in faults.items())
+
+
+def site_names(table: Table, columns: Columns) -> list[str]:
+    """The sites that a file has records of. Raises `DataError` if the schema does not say how to tell."""
+    name = columns.schema.site
+    if name is None:
+        raise DataError(f"{table.path}: whose records are these? The schema names no site column ([schema] site)")
+    if name not in table.frame.columns:
+        raise DataError(f"{table.path}: {_no_column(name, table, columns)}")
+    if columns.sites:
+        return list(columns.sites)
+    found: list[str] = _text(table, name).unique(maintain_order=True).to_list()
+    for site in found:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", site):
+            raise DataError(
+                f"{table.path}: column {name}: {site!r} is no site's name; [sites] of the schema gives it one"
+            )
+    return found
+
+
+class Checked:
+    """What a file has, column by column, and everything that does not fit.
+
+    First `structure`, then `content`; without faults, `records` can be had.
+    """
+
+    def __init__(self, table: Table, columns: Columns) -> None:
+        self._table, self._columns = table, columns
+        self._counts = np.ones(len(table.frame), dtype=bool)
+        """Rows that are this site's, and not left out."""
+        self.faults: list[Fault] = []
+        self._values: dict[str, Tensor] = {}
+        self._labels = torch.empty(0, dtype=torch.int64)
+
+    def structure(self, site: str | None, units: Mapping[str, str]) -> None:
+        """Columns and units."""
+        there, columns = self._table.frame.columns, self._columns
+        if site is not None and columns.schema.site is None:
+            raise DataError(
+                f"{self._table.path}: only rows of {site} are to be read, and the schema names no site column"
+            )
+        for name in columns.numbered:
+            if name not in there and (site is not None or name != columns.schema.site):
+                told = f"no column {name}" if self.faults else _no_column(name, self._table, columns)
+                self._fault(name, "MISSING_COLUMN", told)
+        for name, unit in units.items():
+            due = getattr(columns.columns.get(name), "unit", "")
+            if name in columns.columns and unit != due:
+                self._fault(name, "UNIT", f"column {name}: its unit here is {unit}; the schema says {due or 'none'}")
+            elif name not in there:
+                raise DataError(f"{self._table.path}: [data] units: {_no_column(name, self._table, columns)}")
+
+    def content(self, site: str | None) -> None:
+        """Values, of the columns that are there."""
+        header, there = self._columns.schema, set(self._table.frame.columns)
+        if site is not None and header.site in there:
+            self._counts &= (_text(self._table, header.site) == self._columns.sites.get(site, site)).to_numpy()
+        if header.label in there:
+            labels = self._classes()
+        present = {name: column for name, column in self._columns.columns.items() if name in there}
+        numbers = {name: self._numbers(name, c) for name, c in present.items() if isinstance(c, Numeric)}
+        if header.label in there and not self._counts.any() and not self.faults:
+            self._fault(header.label, "NO_RECORDS", "no records that count; the site has nothing to train on")
+        for name, column in present.items():
+            found = (
+                self._sound(name, column, numbers[name]) if isinstance(column, Numeric) else self._codes(name, column)
+            )
+            self._values[name] = torch.from_numpy(found[self._counts])
+        if header.label in there:
+            self._labels = torch.from_numpy(labels[self._counts])
+
+    def records(self, scale: Scale, seed: int) -> Records:
+        """The records that count, divided by `seed`."""
+        features = [
+            feature
+            for name, column in self._columns.columns.items()
+            for feature in encoded(name, column, self._values[name], scale)
+        ]
+        return Records(
+            torch.stack([feature.values for feature in features], 1),
+            self._labels,
+            classes=len(self._columns.classes),
+            numeric=tuple(number for number, feature in enumerate(features) if feature.by_statistics),
+            division=divide(self._labels, seed),
+        )
+
+    def _classes(self) -> np.ndarray:
+        """The class of each row; what is left out counts no more."""
+        header, groups = self._columns.schema, list(self._columns.classes.values())
+        text = _text(self._table, header.label)
+        codes = _numbered(text, [*groups, header.leave_out], header.by_prefix)
+        self._wrong(header.label, "CLASS", text, codes < 0, "is no label of the schema")
+        self._counts &= codes < len(groups)
+        return codes
+
+    def _numbers(self, name: str, column: Numeric) -> np.ndarray:
+        """NaN where missing, infinite where there is no number; what is to be left out counts no more."""
+        series = self._table.frame[name]
+        if series.dtype.is_numeric():
+            x = series.cast(pl.Float64).fill_null(math.nan).to_numpy().copy()
+            missing = np.isnan(x) & ("" in column.missing)
+        else:
+            text = _text(self._table, name)
+            x = text.cast(pl.Float64, strict=False).fill_null(math.nan).to_numpy().copy()
+            missing = text.is_in(list(column.missing)).to_numpy()
+        missing = missing | np.isin(x, [n for word in column.missing if (n := _number(word)) is not None])
+        x[np.isnan(x)] = math.inf
+        x[missing] = math.nan
+        if column.range is not None and column.outside == "leave out":
+            low, high = column.range
+            self._counts &= ~(np.isfinite(x) & ((x < low) | (x > high)))
+        return x
+
+    def _sound(self, name: str, column: Numeric, x: np.ndarray) -> np.ndarray:
+        text = _text(self._table, name)
+        self._wrong(name, "NUMBER", text, np.isinf(x), "is no number")
+        low, high = column.range or (-math.inf, math.inf)
+        self._wrong(name, "RANGE", text, np.isfinite(x) & ((x < low) | (x > high)), f"is not in {low:g} to {high:g}")
+        if column.range is None and column.log is not None:
+            self._wrong(name, "RANGE", text, x + column.log <= 0, "has no logarithm")
+        return x
+
+    def _codes(self, name: str, column: Column) -> np.ndarray:
+        """The number of each row's value, -1 where it is missing."""
+        text, values = _text(self._table, name), () if isinstance(column, Numeric) else column.values
+        codes = _numbered(text, [column.missing, *((value,) for value in values)]) - 1
+        due = f"is none of {', '.join(values)}" + (" or empty" if "" in column.missing else "")
+        self._wrong(name, "CATEGORY", text, codes < -1, due)
+        return codes
+
+    def _wrong(self, name: str, kind: str, text: pl.Series, where: np.ndarray, told: str) -> None:
+        """Notes a fault, if there is a row that counts with it, and shows the first."""
+        found = np.flatnonzero(where & self._counts)
+        if len(found):
+            more = f" (and {len(found) - 1:,} more)" if len(found) > 1 else ""
+            value = text[int(found[0])]
+            shown = f"{value[:40]!r}" if value else "an empty field"
+            here = f"{self._table.row} {found[0] + self._table.first}: {shown}"
+            self._fault(name, kind, f"column {name}: {here} {told}{more}")
+
+    def _fault(self, name: str, kind: str, told: str) -> None:
+        self.faults.append(Fault(self._columns.numbered.index(name), kind, told))
+
+
+def _no_column(name: str, table: Table, columns: Columns) -> str:
+    names = table.frame.columns
+    near = difflib.get_close_matches(name, [n for n in names if n not in columns.numbered], n=1)
+    has = (", ".join(names[:12]) or "none") + (", ..." if len(names) > 12 else "")
+    hint = "; is it separated by commas?" if len(names) == 1 else ""
+    return f"no column {name}; {f'did you mean `{near[0]}`?' if near else f'it has {has}{hint}'}"
+
+
+def _text(table: Table, name: str) -> pl.Series:
+    """A column as words, without blanks around them, empty where there is nothing."""
+    series = table.frame[name]
+    if series.dtype.is_nested() or series.dtype == pl.Binary:
+        raise DataError(f"{table.path}: column {name} holds {series.dtype}, neither words nor numbers")
+    return series.cast(pl.String).fill_null("").str.strip_chars()
+
+
+def _numbered(text: pl.Series, groups: Sequence[Sequence[str]], by_prefix: bool = False) -> np.ndarray:
+    """In which group each word stands, -1 for none: int64."""
+
+    def of(word: str) -> int:
+        number = _number(word)
+        for at, group in enumerate(groups):
+            if word in group or (by_prefix and word.startswith(tuple(group))):
+                return at
+            if number is not None and any(_number(other) == number for other in group):
+                return at
+        return -1
+
+    known = {word: of(word) for word in text.unique()}
+    return np.array([known[word] for word in text], dtype=np.int64)
+
+
+def _number(word: str) -> float | None:
+    try:
+        number = float(word)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
