@@ -82,6 +82,11 @@ def test_nothing_is_released_where_the_policy_has_other_terms() -> None:
     assert "averaged weights of only 49 records of the other sites" in refused(least_records_in_sum=50)
 
 
+def test_a_key_of_the_local_optimizer_leaves_the_others_at_their_defaults() -> None:
+    local = job_of(half_trained={"optimizer": {"lr": 0.1}}).training.half_trained.optimizer
+    assert (local.name, local.lr, local.momentum) == ("sgd", 0.1, 0.9)
+
+
 def test_jobs_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="labels stay at the sites with schedule = `synchronous`"):
         half(configuration="u_shaped")

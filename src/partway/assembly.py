@@ -59,9 +59,9 @@ def schema_of(job: Job) -> Schema:
 
 
 def sections_of(job: Job) -> dict[str, dict[str, Any]]:
-    """A job as the sections of its file, without the roster."""
+    """A job as the sections of its file, without roster and schema."""
     words: dict[str, dict[str, Any]] = msgspec.to_builtins(job)
-    del words["roster"]
+    del words["roster"], words["columns"]
     return words
 
 

@@ -411,32 +411,67 @@ def check(
         raise typer.Exit(2)
 
 
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="job.toml; the bundled records take part.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="A CSV or Parquet file in place of the bundled records: all sites'.")
+]
+
+
+@app.command("cost")
+def cost(job_file: JobFile, data: Data = None, json: Json = False) -> None:
+    """Tell what a job will cost each party, running nothing: computation, bytes and exchanges."""
+    from partway.config import read_job_file
+
+    parsed = read_job_file(job_file)
+    from partway.assembly import forecast_of, schema_of
+    from partway.data.sets import records_for
+
+    records = records_for(parsed, data)(parsed.job.seed)
+    costs = forecast_of(parsed, schema_of(parsed), {site: records[site].sizes for site in sorted(records)})
+    text = [f"{'party':<16}{'MFLOP':>12}{'MB up':>10}{'MB down':>10}{'exchanges':>11}"]
+    for party, spent in costs.items():
+        moved = "".join(f"{nbytes / 1e6:>10.2f}" for nbytes in (spent.bytes_up, spent.bytes_down))
+        text.append(f"{party:<16}{spent.flops / 1e6:>12,.1f}{moved}{spent.exchanges:>11,}")
+    if parsed.training.patience:
+        text.append("At most: with [training] patience, training may stop before.")
+    _show({"cost": {party: asdict(spent) for party, spent in costs.items()}}, json, "\n".join(text))
+
+
+@app.command("compare")
+def compare(
+    job_file: JobFile,
+    data: Data = None,
+    folder: Annotated[Path, typer.Option(help="Where a folder of this comparison is made.")] = Path("comparison"),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs, each with its own division, orders and first weights.")] = 3,
+    json: Json = False,
+) -> None:
+    """Set Partway beside training alone, pooled, federated averaging and large batches: a job's network and records."""
+    from partway.config import read_job_file
+
+    parsed = read_job_file(job_file)
+    from partway.compare import compare as run
+    from partway.data.sets import records_for
+
+    run(parsed, records_for(parsed, data), folder, seeds, json)
+
+
 @app.command("simulate")
 def simulate(
-    job_file: Annotated[Path, typer.Argument(metavar="JOB", help="job.toml; the bundled records take part.")],
-    data: Annotated[
-        Path | None, typer.Option(help="A CSV or Parquet file in place of the bundled records: all sites' records.")
-    ] = None,
+    job_file: JobFile,
+    data: Data = None,
     folder: Annotated[Path | None, typer.Option(help="Where result, weights and ledgers go.")] = None,
     json: Json = False,
 ) -> None:
     """Run a job in one process: the same parties, door and frames as the real thing."""
-    from partway.config import SCHEMAS, read_job_file
+    from partway.config import read_job_file
 
     parsed = read_job_file(job_file)
-    if data is None and parsed.records.schema not in SCHEMAS:
-        raise UsageError(f"no records are bundled for {parsed.records.schema}: name a file of all sites' with --data")
     from rich.console import Console
 
-    from partway.data import sets, table
-    from partway.data.schema import columns_of
+    from partway.data.sets import records_for
     from partway.simulation import simulate as run
 
-    scale, seed = parsed.records.scale, parsed.job.seed
-    if data is None:
-        records = sets.bundled(parsed.records.schema, seed, scale)
-    else:
-        records = table.sites_of(table.load(data), columns_of(parsed), scale, seed)
+    records = records_for(parsed, data)(parsed.job.seed)
     with Console(stderr=True).status(f"{parsed.job.name}: joining") as line:
 
         def watch(name: str, assembled: Any) -> None:

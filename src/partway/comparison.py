@@ -22,6 +22,7 @@ from partway.config import Evaluation, Job, Optimizer, Policy, ResultTerms, Trai
 from partway.cost import Cost
 from partway.data.records import Records, Schema
 from partway.report import Result
+from partway.simulation import simulate
 from partway.train.baselines import Task, Trained
 from partway.train.metrics import Scores
 from partway.train.stopping import value
@@ -138,16 +139,15 @@ class Comparison:
 
     def own(self, method: str, figure: str, site: str = "", without: Sequence[str] = ()) -> list[float | None]:
         """On sites' own test records, one a seed: of one site, or the mean over all of which it can be told."""
-        found: list[float | None] = []
-        for run in self.of(method):
-            chosen = [site] if site else [s for s in run.scores if s not in without]
-            known = [v for s in chosen if (v := getattr(run.scores[s], figure)) is not None]
-            found.append(statistics.mean(known) if known else None)
-        return found
 
-    def everybody(self, method: str, figure: str) -> list[float]:
+        def chosen(run: Trained) -> list[str]:
+            return [site] if site else [s for s in run.scores if s not in without]
+
+        return [mean(getattr(run.scores[s], figure) for s in chosen(run)) for run in self.of(method)]
+
+    def everybody(self, method: str, figure: str) -> list[float | None]:
         """On all sites' test records, the mean over the models that sites hold, one a seed."""
-        return [statistics.mean(getattr(s, figure) for s in run.everybody.values()) for run in self.of(method)]
+        return [mean(getattr(s, figure) for s in run.everybody.values()) for run in self.of(method)]
 
     def cost(self, method: str) -> dict[str, Cost]:
         """Of one run, by site: the mean over seeds."""
@@ -192,6 +192,16 @@ class Comparison:
         }
 
 
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of what is known; None if nothing is.
+
+    >>> mean([0.5, None]), mean([None])
+    (0.5, None)
+    """
+    known = [v for v in values if v is not None]
+    return statistics.mean(known) if known else None
+
+
 def _lists(rows: Sequence[Scores]) -> dict[str, list[Any]]:
     names = ("records", *FIGURES, "classes")
     return {name: [getattr(row, name) for row in rows] for name in names}
@@ -230,6 +240,14 @@ def alternatives(
     yield from _as_they_end(runs)
 
 
+def ours(
+    pool: ProcessPoolExecutor, base: Job, records: Mapping[str, Records], rates: Mapping[str, float], seed: int
+) -> Iterator[tuple[str, Trained]]:
+    """Partway's methods named, each at its rate and in one process, as they end."""
+    jobs = {method: job_of(base, method, rate, seed) for method, rate in rates.items()}
+    yield from _as_they_end({pool.submit(_simulate, job, records): method for method, job in jobs.items()})
+
+
 def _as_they_end(futures: Mapping[Future[T], str]) -> Iterator[tuple[str, T]]:
     for future in as_completed(futures):
         yield futures[future], future.result()
@@ -248,3 +266,7 @@ def _tune(base: Job, records: Mapping[str, Records], name: str) -> Tuned:
 
 def _run(base: Job, records: Mapping[str, Records], name: str, rate: float, seed: int) -> Trained:
     return METHODS[name].run(_task(base, records, seed), METHODS[name], rate)
+
+
+def _simulate(job: Job, records: Mapping[str, Records]) -> Trained:
+    return trained_of(simulate(job, records))

@@ -73,6 +73,14 @@ class Optimizer(Settings, frozen=True, kw_only=True):
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
 
 
+class LocalOptimizer(Optimizer, frozen=True, kw_only=True):
+    """`optimizer` of `half_trained`"""
+
+    name: Literal["adam", "adamw", "sgd"] = "sgd"
+    lr: Rate = 0.03
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+
+
 class HalfTrained(Settings, frozen=True, kw_only=True):
     """`half_trained` of `[training]`: what the sites do before the server's own epochs, and after them."""
 
@@ -82,7 +90,7 @@ class HalfTrained(Settings, frozen=True, kw_only=True):
     """In each round, at every site by itself."""
     batch: Positive = 64
     """Records of one site in a step."""
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(name="sgd", lr=0.03, momentum=0.9))
+    optimizer: LocalOptimizer = field(default_factory=LocalOptimizer)
     """Of the local epochs; it begins anew in each round."""
     local_head: Literal["linear", "hidden"] = "linear"
     """What stands behind the bottom in local epochs; `hidden` has one layer of 64 more."""

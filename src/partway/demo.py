@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import statistics
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +18,16 @@ from partway import tables
 from partway.assembly import network_of, sections_of
 from partway.attack.ridge import decode, linkage
 from partway.attack.view import View
+from partway.compare import learn_rates, leave, needs_pictures, new_folder
 from partway.comparison import OURS, TITLES, TUNED_ON, Comparison, alternatives, job_of, trained_of, tune, workers
 from partway.config import Job, Policy, read_job
 from partway.cost import Cost
 from partway.data import thyroid
 from partway.equality import plain_run
-from partway.errors import UsageError
 from partway.local import SERVER, LocalFederation, Ran, toml
-from partway.page import page
-from partway.picture import draw_all
-from partway.report import Result, machine, write_whole
+from partway.report import Result, machine
 from partway.server.status import Status
 from partway.train import baselines
-from partway.train.tuning import METHODS
 
 TELLS, CANDIDATES = "svi", 500
 """The site that tells the server what it knows, and how many of the others' records the server tries to name."""
@@ -65,10 +59,9 @@ def demo(folder: Path, seeds: int, as_json: bool) -> None:
         seeds: each divides the records, draws orders and first weights anew.
         as_json: print one JSON object instead of tables; progress goes to stderr.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("the demo draws pictures and needs matplotlib: install partway[demo]")
+    needs_pictures("the demo")
     began, console = time.monotonic(), Console(stderr=as_json, highlight=False)
-    home = folder / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    home = new_folder(folder)
     files = {path.name.removesuffix(".csv.gz"): path for path in thyroid.write_sites(home / "records")}
     base, records = read_job(toml(BASE)), thyroid.bundled(0)
     sizes = {site: records[site].sizes for site in sorted(records)}
@@ -81,9 +74,7 @@ def demo(folder: Path, seeds: int, as_json: bool) -> None:
     more: dict[str, Any] = {"attack": [], "federation": {}}
     with workers() as pool:
         with console.status("") as line:
-            for name, chosen in tune(pool, base, thyroid.bundled(TUNED_ON)):
-                found.tuning[name] = chosen
-                line.update(f"learning rates, three for each method: {len(found.tuning)} of {len(METHODS)} are found")
+            learn_rates(found, tune(pool, base, thyroid.bundled(TUNED_ON)), line.update)
         with LocalFederation(home / "federation", files, {"most_releases": seeds}) as running:
             with console.status("starting six processes, each with its own records, certificate, policy and ledger"):
                 running.start()
@@ -106,21 +97,9 @@ def demo(folder: Path, seeds: int, as_json: bool) -> None:
             with console.status("the same 200 steps in one loop over pooled records"):
                 more["equality"] = _equality(running, ran)
             more["federation"]["processes"] = _processes(running, ran.status)
-    seconds = time.monotonic() - began
-    words = _words(found, more, seconds)
-    write_whole(home / "result.json", json.dumps(words, indent=2).encode())
-    pictures = draw_all(words, home)
-    sentences = [*tables.notes(found), *_sentences(words)]
-    write_whole(home / "page.html", page(words, sentences, pictures).encode())
-    if as_json:
-        print(json.dumps(words))
-    else:
-        for made in tables.everything(found):
-            console.print(made)
-        for sentence in sentences:
-            console.print(f"\n{sentence}")
-        console.print(f"\n{seconds:.0f} s. In {home}:\n  page.html, all of this to look at and hand on")
-        console.print(f"  result.json, {', '.join(path.name for path in pictures)}")
+    words = _words(found, more, time.monotonic() - began)
+    leave(console, found, words, [*tables.notes(found), *_sentences(words)], home, as_json)
+    if not as_json:
         console.print("  federation/<party>/runs: each party's ledger, result and weights, a folder a job")
 
 

@@ -64,7 +64,7 @@ def _rows(axes: Any, found: Mapping[str, Any], key: str, title: str) -> None:
     values = {
         (name, m): [v for v in methods[m]["sites"][name][key] if v is not None] for name in names for m in methods
     }
-    values |= {("everybody", m): list(methods[m]["everybody"][key]) for m in methods}
+    values |= {("everybody", m): [v for v in methods[m]["everybody"][key] if v is not None] for m in methods}
     rows["everybody"] = "everybody's\npatients"
     known = [statistics.mean(v) for (_, m), v in values.items() if v and m != "alone"]
     least = max(0.0, min(known) - 0.08)
@@ -97,7 +97,8 @@ def costs(found: Mapping[str, Any]) -> Any:
         1, 4, figsize=(12, 3.9), layout="constrained", sharey=True, width_ratios=(1.2, 1, 1, 1)
     )
     methods = list(found["cost"])
-    reached = {m: found["methods"][m]["everybody"]["balanced_accuracy"] for m in methods}
+    told = {m: found["methods"][m]["everybody"]["balanced_accuracy"] for m in methods}
+    reached = {m: [v for v in values if v is not None] or [0.0] for m, values in told.items()}
     for place, method in enumerate(methods):
         values, colour = reached[method], COLOURS[method]
         panels[0].plot(values, [place] * len(values), ".", color=colour, alpha=0.5, markersize=5)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.table import Table
 
-from partway.comparison import FEDAVG, TITLES, Comparison
+from partway.comparison import FEDAVG, TITLES, Comparison, mean
 from partway.train.tuning import TRIED, total
 
 SHORT = {
@@ -55,12 +55,6 @@ def short(value: float | None) -> str:
     if value is None:
         return "none"
     return f"{value:.3f}".removeprefix("0") if value >= 0 else f"{value:.3f}"
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Of what is known; None if nothing is."""
-    known = [v for v in values if v is not None]
-    return statistics.mean(known) if known else None
 
 
 def scores(found: Comparison) -> Table:
@@ -125,11 +119,11 @@ def everything(found: Comparison) -> Iterator[Table]:
 
 def notes(found: Comparison) -> Iterator[str]:
     """What the figures do and do not say, in sentences."""
-    balanced = {m: statistics.mean(found.everybody(m, "balanced_accuracy")) for m in found.methods}
-    seeds = statistics.stdev(found.everybody("pooled", "balanced_accuracy")) if len(found.seeds) > 1 else None
-    apart = ", ".join(f"{TITLES[m]} {balanced[m] - balanced['pooled']:+.3f}" for m in balanced if m != "pooled")
-    noise = f" Pooled seeds differ by {seeds:.3f} (s.d.), so a few hundredths are no win." if seeds else ""
-    yield f"Balanced accuracy on everybody's patients, less that of pooled training: {apart}.{noise}"
+    everybody = {m: found.everybody(m, "balanced_accuracy") for m in found.methods}
+    balanced = {m: known for m, values in everybody.items() if (known := mean(values)) is not None}
+    if "pooled" in balanced:
+        apart = ", ".join(f"{TITLES[m]} {b - balanced['pooled']:+.3f}" for m, b in balanced.items() if m != "pooled")
+        yield f"Balanced accuracy on everybody's patients, less that of pooled training: {apart}.{_noise(everybody)}"
     flops = {m: total(found.cost(m).values()).flops for m in found.methods}
     bytes_ = {m: sum(c.bytes_up + c.bytes_down for c in found.cost(m).values()) for m in found.methods}
     ours = [m for m in ("half_trained", "split", "u_shaped") if m in flops]
@@ -143,12 +137,26 @@ def notes(found: Comparison) -> Iterator[str]:
         worse = [f"{site} ({title} {gain:+.3f})" for title, site, gain in gains if gain is not None and gain < 0]
         if worse:
             yield f"Worse than alone in {name} on their own patients: {', '.join(worse)}."
+    blank = [site for site in found.sizes if mean(found.own("pooled", "macro_auc", site)) is None]
+    if blank:
+        yield (
+            f"No figures of {', '.join(blank)}: no class has 3 positive and 3 negative test records there; they count "
+            "among everybody's."
+        )
     yield (
         f"Rates: {', '.join(f'{TITLES[m]} {found.rate(m):g}' for m in found.methods)}, each the best of three on "
         f"validation records of another division, tried for {TRIED:.0%} of the budget. Every method keeps its best "
         f"epoch or round by (balanced accuracy + AUC) / 2 on validation records. Federated averaging is the best of "
         f"{len(FEDAVG)} by the same rule: {found.name_of('fedavg').replace('_', ' ')}."
     )
+
+
+def _noise(everybody: Mapping[str, Sequence[float | None]]) -> str:
+    """How far seeds lie apart."""
+    pooled = [v for v in everybody["pooled"] if v is not None]
+    if len(pooled) < 2:
+        return " One seed says nothing of chance."
+    return f" Pooled seeds differ by {statistics.stdev(pooled):.3f} (s.d.): a difference of that size is no win."
 
 
 def _gain(found: Comparison, method: str, site: str, figure: str) -> float | None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import csv
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 
-from partway.config import Scale, bundled_schema
+from partway.config import SCHEMAS, Job, Scale, bundled_schema
 from partway.data.records import Records
+from partway.data.schema import columns_of
 from partway.data.table import Table, load, records_of, site_names, sites_of
+from partway.errors import UsageError
 
 _FOLDER = Path(__file__).parent / "bundled"
 
@@ -23,6 +26,22 @@ def bundled(name: str, seed: int, scale: Scale = "statistics") -> dict[str, Reco
     if columns.schema.site is None:
         return {name: records_of(table, columns, scale, seed)}
     return sites_of(table, columns, scale, seed)
+
+
+def records_for(job: Job, data: Path | None) -> Callable[[int], dict[str, Records]]:
+    """From a seed to all sites' records for a job: from a file that has all of them, or bundled.
+
+    Raises:
+        UsageError: none are bundled for the job's schema, and no file is given.
+        ConfigError, DataError: the job has no schema, or the file does not fit it.
+    """
+    scale = job.records.scale
+    if data is not None:
+        table, columns = load(data), columns_of(job)
+        return lambda seed: sites_of(table, columns, scale, seed)
+    if job.records.schema not in SCHEMAS:
+        raise UsageError(f"no records are bundled for {job.records.schema}: name a file of all sites' with --data")
+    return lambda seed: bundled(job.records.schema, seed, scale)
 
 
 def write_sites(name: str, folder: Path) -> list[Path]:

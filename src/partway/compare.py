@@ -1,0 +1,102 @@
+"""`partway compare`: any job's network and records, by Partway's schedules and by what there is beside them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from partway import tables
+from partway.comparison import OURS, TUNED_ON, Comparison, alternatives, ours, tune, workers
+from partway.config import Job
+from partway.data.records import Records
+from partway.errors import UsageError
+from partway.page import page
+from partway.picture import draw_all
+from partway.report import machine, write_whole
+from partway.train.tuning import METHODS
+
+RecordsOf = Callable[[int], Mapping[str, Records]]
+"""From a seed to every site's records, divided by it."""
+
+
+def compare(job: Job, records_of: RecordsOf, folder: Path, seeds: int, as_json: bool) -> None:
+    """Runs it all in processes of this machine and shows what came out.
+
+    Args:
+        job: its network and records; with two cuts, a U-shape is among the methods.
+        folder: a folder of this comparison is made in it.
+        seeds: each divides the records, draws orders and first weights anew.
+        as_json: print one JSON object instead of tables; progress goes to stderr.
+    """
+    needs_pictures("a comparison")
+    began, console = time.monotonic(), Console(stderr=as_json, highlight=False)
+    home = new_folder(folder)
+    records = records_of(0)
+    sizes = {site: records[site].sizes for site in sorted(records)}
+    name = job.columns.schema.name if job.columns else job.job.name
+    found = Comparison(job, name, list(range(seeds)), next(iter(records.values())).schema, sizes)
+    methods = [m for m in OURS if m != "u_shaped" or len(job.network.cut) > 1]
+    console.print(f"{sum(map(len_of, records.values())):,} records of {len(sizes)} sites; all is left in {home}.")
+    with workers() as pool, console.status("") as line:
+        learn_rates(found, tune(pool, job, records_of(TUNED_ON)), line.update)
+        rates = {name: chosen.rate for name, chosen in found.tuning.items() if name not in OURS}
+        for seed in found.seeds:
+            mine = {method: found.rate(method) for method in methods}
+            for runs in (
+                ours(pool, job, records_of(seed), mine, seed),
+                alternatives(pool, job, records_of(seed), rates, seed),
+            ):
+                for method, trained in runs:
+                    found.runs.setdefault(method, []).append(trained)
+                    line.update(f"seed {seed + 1} of {seeds}: {method} has ended")
+    words = {**found.words(), "machine": machine(threads=1), "seconds": round(time.monotonic() - began, 1)}
+    leave(console, found, words, list(tables.notes(found)), home, as_json)
+
+
+def learn_rates(found: Comparison, chosen: Any, say: Callable[[str], None]) -> None:
+    """Takes learning rates as they are found."""
+    for name, tuned in chosen:
+        found.tuning[name] = tuned
+        say(f"learning rates, three for each method: {len(found.tuning)} of {len(METHODS)} are found")
+
+
+def needs_pictures(what: str) -> None:
+    """Raises `UsageError` before anything is run if the pictures could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(f"{what} draws pictures and needs matplotlib: install partway[demo]")
+
+
+def new_folder(folder: Path) -> Path:
+    """A folder named by the present second."""
+    home = folder / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    home.mkdir(parents=True)
+    return home
+
+
+def len_of(records: Records) -> int:
+    return len(records.labels)
+
+
+def leave(
+    console: Console, found: Comparison, words: dict[str, Any], notes: Sequence[str], home: Path, as_json: bool
+) -> None:
+    """Writes what a comparison leaves into its folder, and shows it."""
+    write_whole(home / "result.json", json.dumps(words, indent=2).encode())
+    pictures = draw_all(words, home)
+    write_whole(home / "page.html", page(words, notes, pictures).encode())
+    if as_json:
+        print(json.dumps(words))
+        return
+    for made in tables.everything(found):
+        console.print(made)
+    for sentence in notes:
+        console.print(f"\n{sentence}")
+    console.print(f"\n{words['seconds']:.0f} s. In {home}:\n  page.html, all of this to look at and to hand on")
+    console.print(f"  result.json, {', '.join(path.name for path in pictures)}")
