@@ -49,6 +49,7 @@ class JobHeader(Settings, frozen=True, kw_only=True):
     """`[job]`"""
 
     name: Name
+    """Of the study; part of the names of folders."""
     seed: Count = 0
     """Draws which site fills which place of a union batch, and divides records into training, validation and test."""
 
@@ -59,6 +60,7 @@ class JobNetwork(Settings, frozen=True, kw_only=True):
     build: Annotated[str, Meta(max_length=200)]
     """`module:name`, compared as an exact string with each party's policy before anything is imported."""
     arguments: dict[str, Any] = {}
+    """Of the network, as its recipe bounds them."""
     cut: Annotated[list[Annotated[str, Meta(max_length=200)]], Meta(min_length=1, max_length=2)]
     """Module paths after which the network is cut: one for vanilla, two for a U-shape."""
 
@@ -68,9 +70,11 @@ class Optimizer(Settings, frozen=True, kw_only=True):
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Rate = 3e-3
+    """Of a step over the mean loss of its records."""
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Of `sgd` only."""
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    """`adamw`'s is decoupled from the gradient."""
 
 
 class LocalOptimizer(Optimizer, frozen=True, kw_only=True):
@@ -102,18 +106,23 @@ class Training(Settings, frozen=True, kw_only=True):
     """`[training]`"""
 
     configuration: Literal["vanilla", "u_shaped"] = "vanilla"
+    """`vanilla` sends labels to the server; `u_shaped` keeps them, with a head at the sites."""
     schedule: Literal["synchronous", "half_trained"] = "synchronous"
+    """In which order the parties train; see `docs/schedules.md`."""
     epochs: Positive = 20
     """Of training together; of `half_trained` the server's, over what was released."""
     batch: Positive = 256
     """Records in a union batch, over all sites."""
     optimizer: Optimizer = field(default_factory=Optimizer)
+    """Of training together."""
     keep: Literal["best", "last"] = "best"
     """Weights of the best evaluation on the validation records, or of the last epoch."""
     patience: Count = 0
     """Evaluations without a better one after which training stops; 0 for never."""
     half_trained: HalfTrained = field(default_factory=HalfTrained)
+    """Read if it is the schedule."""
     dtype: Literal["float32", "float64"] = "float32"
+    """Of weights and of what crosses a cut; equalities are checked in `float64`."""
     threads: Annotated[int, Meta(ge=1, le=256)] = 1
     """Of torch, at every party: part of what "the same bits" means."""
     class_weights: Literal["none", "sqrt"] = "none"
@@ -127,6 +136,7 @@ class Evaluation(Settings, frozen=True, kw_only=True):
     """`[evaluation]`: at the sites, with the trunk that travels to them."""
 
     trunk_travels: bool = True
+    """False: nothing is evaluated at the sites, so there is no test, and no early stopping in `synchronous`."""
     every: Count = 1
     """Epochs between evaluations on the validation records; 0 for none."""
     site_scores: bool = False
@@ -137,7 +147,9 @@ class ResultTerms(Settings, frozen=True, kw_only=True):
     """`[result]`: who holds what at the end."""
 
     bottom: Literal["sites", "everyone"] = "sites"
+    """The sites' segments; `everyone` is the server too."""
     trunk: Literal["server", "everyone"] = "server"
+    """The server's segment; `everyone` is the sites too."""
 
 
 Scale = Literal["statistics", "reference", "marks"]
@@ -307,6 +319,7 @@ class SiteHeader(Settings, frozen=True, kw_only=True):
     """`[site]`"""
 
     name: Name
+    """As in its certificate."""
     server: Annotated[str, Meta(pattern=r"^[^\s:]+:\d{1,5}$")]
     """host:port, to which this site opens its one connection."""
     identity: str = "identity"
@@ -316,6 +329,7 @@ class SiteHeader(Settings, frozen=True, kw_only=True):
     silence: Annotated[float, Meta(ge=1, le=3600)] = 30.0
     """Seconds without a sign of life after which a link is given up."""
     device: Annotated[str, Meta(max_length=32)] = "auto"
+    """As PyTorch names it; `auto` is CUDA where there is one."""
 
 
 class Site(Settings, frozen=True, kw_only=True):
@@ -330,11 +344,17 @@ class ServerHeader(Settings, frozen=True, kw_only=True):
     """`[server]`"""
 
     name: Name = "server"
+    """As in its certificate."""
     listen: Annotated[str, Meta(pattern=r"^[^\s:]+:\d{1,5}$")] = "0.0.0.0:8443"
+    """host:port; `0.0.0.0` is every address of this machine."""
     identity: str = "identity"
+    """The folder of key, certificate and authority, relative to the server file."""
     folder: str = "runs"
+    """Where jobs leave their files, relative to the server file."""
     silence: Annotated[float, Meta(ge=1, le=3600)] = 30.0
+    """Seconds without a sign of life after which a link is given up."""
     device: Annotated[str, Meta(max_length=32)] = "auto"
+    """As PyTorch names it; `auto` is CUDA where there is one."""
 
 
 class Server(Settings, frozen=True, kw_only=True):
