@@ -62,6 +62,7 @@ HOUSE = {
     "site": Room(rooms=PROCESS),
     "server": Room(rooms=PROCESS),
     "simulation": Room(rooms="*"),
+    "finished": Room(rooms=f"{CORE} data train assembly report"),
     "picture": Room(rooms="errors"),
     "page": Room(rooms="errors"),
     "comparison": Room(rooms=f"{PROCESS} simulation"),

@@ -367,9 +367,17 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
         holds=_holders(job, assembled.plan),
         ledgers={me: assembled.ledger.head.hex(), **{p: head.hex() for p, head in worker.accounts.items()}},
         machine=machine(job.training.threads),
+        scaling=_scaling(worker.source),
         whole=weights.keys() == assembled.network.whole.state_dict().keys(),
         weights=weights,
     )
+
+
+def _scaling(source: object) -> dict[str, list[float]]:
+    if not isinstance(source, RecordSource) or source.scaling is None:
+        return {}
+    mean, deviation = source.scaling
+    return {"mean": mean.tolist(), "deviation": deviation.tolist()}
 
 
 def weights_of(assembled: Assembled) -> dict[str, Tensor]:

@@ -487,6 +487,63 @@ def simulate(
     _show(result.words(), json, "\n".join([*text, f"in {folder}" if folder else "nothing was written"]))
 
 
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A job's folder with network.safetensors, or that file.")]
+Allowed = Annotated[
+    list[str] | None, typer.Option("--network", help="A network besides Partway's own that may be built: module:name.")
+]
+
+
+@app.command("predict")
+def predict(
+    run: Run,
+    file: Annotated[Path, typer.Argument(help="site.toml, or a CSV or Parquet file of records.")],
+    to: Annotated[Path | None, typer.Option(help="A CSV file; else it is printed.")] = None,
+    network: Allowed = None,
+    json: Json = False,
+) -> None:
+    """A probability of each class for records, by a network of which this party holds the whole. Nothing is sent."""
+    from partway.config import Connection, read_site
+
+    site = read_site(file) if file.suffix == ".toml" else None
+    from partway.data.table import load as load_table
+    from partway.finished import ZOO, load
+    from partway.finished import predict as predicted
+
+    finished = load(run, (*ZOO, *(site.policy.networks if site else ()), *(network or ())))
+    where = (
+        site.data if site else Connection(path=str(file), connector="parquet" if file.suffix == ".parquet" else "csv")
+    )
+    table = load_table(file.parent / where.path if site else file, where.connector)
+    text = predicted(finished, table, where.site, where.units)
+    if to is None:
+        print(text, end="")
+        return
+    to.write_text(text)
+    _show({"file": str(to), "records": text.count("\n") - 1}, json, f"{text.count(chr(10)) - 1:,} records: {to}")
+
+
+@app.command("export")
+def export(
+    run: Run,
+    to: Annotated[Path, typer.Option(help="A file that ends in .onnx or .safetensors.")] = Path("network.onnx"),
+    network: Allowed = None,
+    json: Json = False,
+) -> None:
+    """Write a network of which this party holds the whole for others: ONNX, or safetensors with its recipe."""
+    if to.suffix not in (".onnx", ".safetensors"):
+        raise UsageError(f"{to}: a network is written as .onnx or .safetensors")
+    from partway.finished import ZOO, load
+    from partway.finished import export as exported
+    from partway.report import write_whole
+
+    finished = load(run, (*ZOO, *(network or ())))
+    if to.suffix == ".onnx":
+        exported(finished, to)
+    else:  # weights, with the job and the scaling in its metadata: what `predict` reads
+        write_whole(to, contents(run / "network.safetensors" if run.is_dir() else run))
+    _show({"file": str(to)}, json, f"Written: {to}")
+
+
 @app.command("demo")
 def demo(
     folder: Annotated[Path, typer.Option(help="Where a folder of this run is made.")] = Path("demo"),

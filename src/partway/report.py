@@ -42,6 +42,8 @@ class Result:
     ledgers: dict[str, str] = field(default_factory=dict)
     """Heads of the parties' ledgers, as far as they were told."""
     machine: dict[str, Any] = field(default_factory=dict)
+    scaling: dict[str, list[float]] = field(default_factory=dict)
+    """`mean` and `deviation` of the columns that all sites' statistics scale, at a party that knows them."""
     whole: bool = False
     """Whether `weights` are the whole network."""
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -62,8 +64,9 @@ class Result:
         write_whole(files[0], json.dumps(self.words(), indent=2).encode())
         if self.weights:
             files.append(folder / ("network.safetensors" if self.whole else "segments.safetensors"))
+            metadata = {"job": json.dumps(self.job), "scaling": json.dumps(self.scaling)}
             contiguous = {name: tensor.contiguous() for name, tensor in self.weights.items()}
-            write_whole(files[1], save(contiguous, metadata={"job": json.dumps(self.job)}))
+            write_whole(files[1], save(contiguous, metadata=metadata))
         return files
 
 

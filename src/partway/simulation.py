@@ -203,6 +203,7 @@ def together(whole: Federation, seconds: float) -> Result:
         result.ledgers.update(own.ledgers)
         result.all, result.validation = own.all, own.validation or result.validation
         result.weights.update(own.weights)
+        result.scaling = own.scaling
         result.whole = result.whole or own.whole
     state = next(iter(whole.parties.values())).network.whole.state_dict()
     result.whole = result.weights.keys() == state.keys()

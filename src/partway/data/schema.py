@@ -90,10 +90,15 @@ def columns_of(job: Job) -> Columns:
     return job.columns
 
 
-def layout(columns: Columns, scale: Scale) -> Schema:
-    """What a record becomes."""
+def features_of(columns: Columns, scale: Scale) -> list[Feature]:
+    """What a record becomes, one feature after the other; of no records."""
     nothing = torch.empty(0, dtype=torch.float64)
-    features = [f for name, column in columns.columns.items() for f in encoded(name, column, nothing, scale)]
+    return [f for name, column in columns.columns.items() for f in encoded(name, column, nothing, scale)]
+
+
+def layout(columns: Columns, scale: Scale) -> Schema:
+    """What a record becomes, in numbers."""
+    features = features_of(columns, scale)
     numeric = sum(feature.by_statistics for feature in features)
     return Schema(shape=(len(features),), classes=len(columns.classes), numeric=numeric)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from partway.config import Column, Columns, Connection, Job, Numeric, Scale
 from partway.data.records import Records, divide
-from partway.data.schema import columns_of, encoded, words
+from partway.data.schema import Feature, columns_of, encoded, words
 from partway.errors import DataError
 
 
@@ -158,10 +158,13 @@ class Checked:
     """What a file has, column by column, and everything that does not fit.
 
     First `structure`, then `content`; without faults, `records` can be had.
+
+    Args:
+        labelled: the label's column is read; without it, `features` can be had.
     """
 
-    def __init__(self, table: Table, columns: Columns) -> None:
-        self._table, self._columns = table, columns
+    def __init__(self, table: Table, columns: Columns, labelled: bool = True) -> None:
+        self._table, self._columns, self._labelled = table, columns, labelled
         self._counts = np.ones(len(table.frame), dtype=bool)
         """Rows that are this site's, and not left out."""
         self.faults: list[Fault] = []
@@ -175,8 +178,11 @@ class Checked:
             raise DataError(
                 f"{self._table.path}: only rows of {site} are to be read, and the schema names no site column"
             )
+        needless = {columns.schema.site} if site is None else set[str | None]()
+        if not self._labelled:
+            needless.add(columns.schema.label)
         for name in columns.numbered:
-            if name not in there and (site is not None or name != columns.schema.site):
+            if name not in there and name not in needless:
                 told = f"no column {name}" if self.faults else _no_column(name, self._table, columns)
                 self._fault(name, "MISSING_COLUMN", told)
         for name, unit in units.items():
@@ -189,6 +195,8 @@ class Checked:
     def content(self, site: str | None) -> None:
         """Values, of the columns that are there."""
         header, there = self._columns.schema, set(self._table.frame.columns)
+        if not self._labelled:
+            there.discard(header.label)
         if site is not None and header.site in there:
             self._counts &= (_text(self._table, header.site) == self._columns.sites.get(site, site)).to_numpy()
         if header.label in there:
@@ -207,11 +215,7 @@ class Checked:
 
     def records(self, scale: Scale, seed: int) -> Records:
         """The records that count, divided by `seed`."""
-        features = [
-            feature
-            for name, column in self._columns.columns.items()
-            for feature in encoded(name, column, self._values[name], scale)
-        ]
+        features = self.features(scale)
         return Records(
             torch.stack([feature.values for feature in features], 1),
             self._labels,
@@ -219,6 +223,20 @@ class Checked:
             numeric=tuple(number for number, feature in enumerate(features) if feature.by_statistics),
             division=divide(self._labels, seed),
         )
+
+    def features(self, scale: Scale) -> list[Feature]:
+        """Of the records that count."""
+        return [
+            feature
+            for name, column in self._columns.columns.items()
+            for feature in encoded(name, column, self._values[name], scale)
+        ]
+
+    @property
+    def rows(self) -> list[int]:
+        """Which rows of the file the records that count are, as the file numbers them."""
+        numbers: list[int] = (np.flatnonzero(self._counts) + self._table.first).tolist()
+        return numbers
 
     def _classes(self) -> np.ndarray:
         """The class of each row; what is left out counts no more."""

@@ -27,6 +27,8 @@ class RecordSource:
         self.labels = records.labels.to(device)
         self.features = records.features.to(device)
         """As read, float64, until `standardise` is called."""
+        self.scaling: tuple[Tensor, Tensor] | None = None
+        """Mean and deviation of each numeric column, once all sites have agreed on them."""
         self._at: tuple[Part, int] | None = None
         """The part and epoch of `_order`."""
         self._order = torch.empty(0, dtype=torch.int64)
@@ -35,6 +37,7 @@ class RecordSource:
 
     def standardise(self, mean: Tensor, deviation: Tensor) -> None:
         """Numeric columns in units of what all sites have agreed on, in the job's dtype from now on."""
+        self.scaling = mean, deviation
         self.features = self.records.scaled(mean, deviation).to(self._device, self._dtype)
 
     def take(self, turn: Turn, offset: int, rows: int) -> tuple[Tensor, Tensor]:
