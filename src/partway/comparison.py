@@ -105,6 +105,8 @@ class Comparison:
     """By method, one a seed; of federated averaging each variant by itself."""
     tuning: dict[str, Tuned] = field(default_factory=dict)
     """By plain loop."""
+    marked: dict[str, list[Trained]] = field(default_factory=dict)
+    """Plain loops on the same records, scaled by reference ranges with marks; one a seed."""
 
     @property
     def methods(self) -> list[str]:
@@ -149,6 +151,10 @@ class Comparison:
         """On all sites' test records, the mean over the models that sites hold, one a seed."""
         return [mean(getattr(s, figure) for s in run.everybody.values()) for run in self.of(method)]
 
+    def everybody_marked(self, name: str, figure: str) -> list[float | None]:
+        """The same of a plain loop with marks."""
+        return [mean(getattr(s, figure) for s in run.everybody.values()) for run in self.marked[name]]
+
     def cost(self, method: str) -> dict[str, Cost]:
         """Of one run, by site: the mean over seeds."""
         runs = [run.cost for run in self.of(method)]
@@ -171,6 +177,10 @@ class Comparison:
             "tuning": {
                 m: {"rate": self.rate(m), "cost": {s: asdict(c) for s, c in self.search(m).items()}}
                 for m in self.methods
+            },
+            "encodings": {
+                scale: {name: {f: by(name, f) for f in FIGURES} for name in self.marked}
+                for scale, by in (("statistics", self.everybody), ("marks", self.everybody_marked))
             },
             "raw_bytes": self.raw() if "pooled" in self.runs else {},
             "losses": {m: [list(map(float, run.losses)) for run in self.of(m)] for m in self.methods},

@@ -23,6 +23,7 @@ from partway.comparison import OURS, TITLES, TUNED_ON, Comparison, alternatives,
 from partway.config import Job, Policy, read_job
 from partway.cost import Cost
 from partway.data import thyroid
+from partway.data.sets import bundled
 from partway.equality import plain_run
 from partway.local import SERVER, LocalFederation, Ran, toml
 from partway.report import Result, machine
@@ -41,6 +42,12 @@ BASE: dict[str, dict[str, Any]] = {
     "training": {"configuration": "u_shaped"},
 }
 """The demo's network and records: 16 numbers a record cross the first cut, and in a U-shape 64 come back."""
+MARKED: dict[str, dict[str, Any]] = {
+    **BASE,
+    "network": {**BASE["network"], "arguments": {**BASE["network"]["arguments"], "inputs": 71}},
+    "records": {"scale": "marks"},
+}
+"""The same with other inputs: reference ranges in place of statistics, and marks at their limits."""
 EQUAL: dict[str, dict[str, Any]] = {
     **BASE,
     "network": {**BASE["network"], "cut": ["hidden.2"]},
@@ -63,14 +70,14 @@ def demo(folder: Path, seeds: int, as_json: bool) -> None:
     began, console = time.monotonic(), Console(stderr=as_json, highlight=False)
     home = new_folder(folder)
     files = {path.name.removesuffix(".csv.gz"): path for path in thyroid.write_sites(home / "records")}
-    base, records = read_job(toml(BASE)), thyroid.bundled(0)
+    base, marked, records = read_job(toml(BASE)), read_job(toml(MARKED)), thyroid.bundled(0)
     sizes = {site: records[site].sizes for site in sorted(records)}
     found = Comparison(base, "thyroid", list(range(seeds)), thyroid.SCHEMA, sizes)
     count = sum(len(own.labels) for own in records.values())
     console.print(
         f"{len(files)} sites and a server train one network on {count:,} thyroid records, {len(TITLES)} ways."
     )
-    console.print(f"Everything is left in {home}. On two cores this takes about {80 + 55 * seeds} s.")
+    console.print(f"Everything is left in {home}. On two cores this takes about {70 + 60 * seeds} s.")
     more: dict[str, Any] = {"attack": [], "federation": {}}
     with workers() as pool:
         with console.status("") as line:
@@ -92,6 +99,9 @@ def demo(folder: Path, seeds: int, as_json: bool) -> None:
                     for name, trained in alternatives(pool, base, thyroid.bundled(seed), rates, seed):
                         found.runs.setdefault(name, []).append(trained)
                         line.update(f"{title}: the alternatives, as plain loops; {name} has ended")
+                    runs = dict(alternatives(pool, marked, bundled("thyroid", seed, "marks"), with_marks(found), seed))
+                    for name in with_marks(found):
+                        found.marked.setdefault(name, []).append(runs[name])
             with Show(console, running, "equality: 200 steps in float64") as show:
                 ran = running.run(EQUAL, show.update)
             with console.status("the same 200 steps in one loop over pooled records"):
@@ -104,6 +114,12 @@ def demo(folder: Path, seeds: int, as_json: bool) -> None:
 
 
 # -- what is run
+
+
+def with_marks(found: Comparison) -> dict[str, float]:
+    """The plain loops that are run with other inputs too, and their rates; `synchronous` is the pooled one."""
+    names = ("alone", "half_trained", "pooled", found.name_of("fedavg"), "large_batch_sgd")
+    return {name: found.tuning[name].rate for name in names}
 
 
 def _result(running: LocalFederation, ran: Ran) -> Result:

@@ -87,6 +87,18 @@ def by_site(found: Comparison, figure: str, title: str) -> Table:
     return made
 
 
+def encodings(found: Comparison) -> Table:
+    """Statistics of all sites against reference ranges with marks, on everybody's patients."""
+    title = "inputs scaled by statistics of all sites, or by reference ranges with marks\n(plain loops, rates as above)"
+    made = table(title, "method", "acc", "with marks", "bal", "with marks ", "AUC", "with marks  ")
+    for name in found.marked:
+        row = []
+        for figure in ("accuracy", "balanced_accuracy", "macro_auc"):
+            row += [short(mean(found.everybody(name, figure))), spread(found.everybody_marked(name, figure))]
+        made.add_row(TITLES.get(name, TITLES["fedavg"]), *row)
+    return made
+
+
 def costs(found: Comparison) -> Table:
     """Every method: what one run costs a mean site, and what the choice of its learning rate did besides."""
     made = table(
@@ -115,6 +127,8 @@ def everything(found: Comparison) -> Iterator[Table]:
     yield costs(found)
     yield by_site(found, "balanced_accuracy", "balanced accuracy")
     yield by_site(found, "macro_auc", "macro-AUC")
+    if found.marked:
+        yield encodings(found)
 
 
 def notes(found: Comparison) -> Iterator[str]:
