@@ -534,9 +534,10 @@ def test_records_are_not_released_more_often_than_a_site_allows(three: tuple[Loc
     assert running.run(half_job(training=training)).status.state == "done"
     with pytest.raises(Refused, match="RELEASES"):
         running.run(half_job(training=training))
-    said = running.processes["svi"].said
-    assert said["state"] == "refused"
-    assert "handed over 2 times; [policy] most_releases is 1" in said["message"]
+    for site in running.sites:
+        running.wait_for_state(site, "refused")
+    said = [running.processes[site].said["message"] for site in running.sites]  # one may hear another's refusal first
+    assert any("handed over 2 times; [policy] most_releases is 1" in words for words in said)
     assert len((running.folder / "svi" / "runs" / "releases.log").read_text().splitlines()) == 1
     assert running.run(job(training={"epochs": 1})).status.state == "done"  # which releases nothing that is kept
 
