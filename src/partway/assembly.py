@@ -364,6 +364,7 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
         all=next((asdict(s) for part, _, s in seen if part == "test"), {}),
         sites={site: asdict(s) for site, s in sites.items()},
         cost={me: party.cost},
+        plan=_words_of(assembled.plan, party.session.turns),
         holds=_holders(job, assembled.plan),
         ledgers={me: assembled.ledger.head.hex(), **{p: head.hex() for p, head in worker.accounts.items()}},
         machine=machine(job.training.threads),
@@ -371,6 +372,17 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
         whole=weights.keys() == assembled.network.whole.state_dict().keys(),
         weights=weights,
     )
+
+
+def _words_of(plan: Plan, turns: Sequence[Turn]) -> dict[str, Any]:
+    """The plan, for people: what lives where, and what each flow that ran carries."""
+    flows = dict.fromkeys(turn.flow for turn in turns if turn.flow)
+    used = {name for flow in flows for e in plan.edges(flow) for name in (e.source, e.target)}
+    return {
+        "segments": {s.name: s.at for s in plan.segments if s.name in used},
+        "flows": {flow: [f"{edge} ({edge.kind})" for edge in plan.edges(flow)] for flow in flows},
+        "turns": len(turns),
+    }
 
 
 def _scaling(source: object) -> dict[str, list[float]]:

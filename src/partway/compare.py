@@ -48,16 +48,16 @@ def compare(job: Job, records_of: RecordsOf, folder: Path, seeds: int, as_json: 
         learn_rates(found, tune(pool, job, records_of(TUNED_ON)), line.update)
         rates = {name: chosen.rate for name, chosen in found.tuning.items() if name not in OURS}
         for seed in found.seeds:
-            mine = {method: found.rate(method) for method in methods}
-            for runs in (
-                ours(pool, job, records_of(seed), mine, seed),
-                alternatives(pool, job, records_of(seed), rates, seed),
-            ):
+            mine, divided = {method: found.rate(method) for method in methods}, records_of(seed)
+            left = home / "runs" / f"seed-{seed}"
+            for runs in (ours(pool, job, divided, mine, seed, left), alternatives(pool, job, divided, rates, seed)):
                 for method, trained in runs:
                     found.runs.setdefault(method, []).append(trained)
                     line.update(f"seed {seed + 1} of {seeds}: {method} has ended")
     words = {**found.words(), "machine": machine(threads=1), "seconds": round(time.monotonic() - began, 1)}
     leave(console, found, words, list(tables.notes(found)), home, as_json)
+    if not as_json:
+        console.print("  runs/<seed>/<method>: each run's result, network and ledgers")
 
 
 def learn_rates(found: Comparison, chosen: Any, say: Callable[[str], None]) -> None:

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -197,6 +198,9 @@ class Comparison:
             "run": self.name_of(method),
             "sites": {site: _lists([run.scores[site] for run in runs]) for site in runs[0].scores},
             "everybody": {f: self.everybody(method, f) for f in FIGURES},
+            "everybody_by_site": {site: _lists([run.everybody[site] for run in runs]) for site in runs[0].everybody}
+            if method == "alone"
+            else {},
             "mean": {f: self.own(method, f) for f in FIGURES},
             "kept": [dict(run.kept) for run in runs],
         }
@@ -251,11 +255,21 @@ def alternatives(
 
 
 def ours(
-    pool: ProcessPoolExecutor, base: Job, records: Mapping[str, Records], rates: Mapping[str, float], seed: int
+    pool: ProcessPoolExecutor,
+    base: Job,
+    records: Mapping[str, Records],
+    rates: Mapping[str, float],
+    seed: int,
+    folder: Path,
 ) -> Iterator[tuple[str, Trained]]:
-    """Partway's methods named, each at its rate and in one process, as they end."""
+    """Partway's methods named, each at its rate and in one process, as they end.
+
+    Args:
+        folder: each leaves its result, network and ledgers in a folder of its name here.
+    """
     jobs = {method: job_of(base, method, rate, seed) for method, rate in rates.items()}
-    yield from _as_they_end({pool.submit(_simulate, job, records): method for method, job in jobs.items()})
+    runs = {pool.submit(_simulate, job, records, folder / method): method for method, job in jobs.items()}
+    yield from _as_they_end(runs)
 
 
 def _as_they_end(futures: Mapping[Future[T], str]) -> Iterator[tuple[str, T]]:
@@ -278,5 +292,5 @@ def _run(base: Job, records: Mapping[str, Records], name: str, rate: float, seed
     return METHODS[name].run(_task(base, records, seed), METHODS[name], rate)
 
 
-def _simulate(job: Job, records: Mapping[str, Records]) -> Trained:
-    return trained_of(simulate(job, records))
+def _simulate(job: Job, records: Mapping[str, Records], folder: Path) -> Trained:
+    return trained_of(simulate(job, records, folder=folder))

@@ -37,6 +37,8 @@ class Result:
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Sites' own exact scores on their test records, as far as this party knows them."""
     cost: dict[str, Cost] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    """Where each segment lives, and the edges of every flow that ran."""
     holds: dict[str, list[str]] = field(default_factory=dict)
     """Which party holds which segments at the end, by the job's terms."""
     ledgers: dict[str, str] = field(default_factory=dict)

@@ -138,6 +138,11 @@ def notes(found: Comparison) -> Iterator[str]:
     if "pooled" in balanced:
         apart = ", ".join(f"{TITLES[m]} {b - balanced['pooled']:+.3f}" for m, b in balanced.items() if m != "pooled")
         yield f"Balanced accuracy on everybody's patients, less that of pooled training: {apart}.{_noise(everybody)}"
+    aucs = {site: mean(run.everybody[site].macro_auc for run in found.of("alone")) for site in found.sizes}
+    if any(auc is not None for auc in aucs.values()):
+        told = ", ".join(f"{site} {short(auc)}" for site, auc in aucs.items())
+        together = ", ".join(f"{TITLES[m]} {short(mean(found.everybody(m, 'macro_auc')))}" for m in found.methods[1:])
+        yield f"AUC on everybody's patients: one site's own model {told}; {together}."
     flops = {m: total(found.cost(m).values()).flops for m in found.methods}
     bytes_ = {m: sum(c.bytes_up + c.bytes_down for c in found.cost(m).values()) for m in found.methods}
     ours = [m for m in ("half_trained", "split", "u_shaped") if m in flops]
