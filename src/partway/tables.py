@@ -153,7 +153,7 @@ def notes(found: Comparison) -> Iterator[str]:
     yield f"The raw records, sent once, would be {raw / 1e6:.2f} MB a site: less than what learns together ({moved})."
     for figure, name in (("balanced_accuracy", "balanced accuracy"), ("macro_auc", "AUC")):
         gains = ((TITLES[m], site, _gain(found, m, site, figure)) for m in ours for site in found.sizes)
-        worse = [f"{site} ({title} {gain:+.3f})" for title, site, gain in gains if gain is not None and gain < 0]
+        worse = [f"{site} ({title} {gain:+.3f})" for title, site, gain in gains if gain is not None and gain < -0.0005]
         if worse:
             yield f"Worse than alone in {name} on their own patients: {', '.join(worse)}."
     blank = [site for site in found.sizes if mean(found.own("pooled", "macro_auc", site)) is None]
