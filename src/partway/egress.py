@@ -45,12 +45,15 @@ class Door:
         self._seal: Seal | None = None
         self._turns: Sequence[Turn] = ()
         self._nets: Sequence[Net] = ()
+        self._releasing: set[int] = set()
+        """The turns in which activations leave that are to be kept."""
         self._until = -1
         """The last turn of the range that the ledger has open."""
 
     def agree(self, shapes: Shapes, turns: Sequence[Turn], nets: Sequence[Net], seal: Seal | None) -> None:
         """The policy has said yes to exactly these turns: nothing else will leave."""
         self._shapes, self._turns, self._nets, self._seal = shapes, turns, nets, seal
+        self._releasing = {number for number, turn in enumerate(turns) if releases(shapes.plan, turn)}
 
     def say(self, head: Head, message: Message) -> bytes:
         """A control message's frame: enums, integers and digests, no tensors."""
@@ -79,7 +82,7 @@ class Door:
         if due.plain and self._shapes.sealed(self.me, head.to):
             tensors = {"sealed": self._sealed(head, letter, tensors)}
         frame = frames.encode(head, letter, tensors)
-        if self._on_release is not None and releases(self._shapes.plan, turn):
+        if letter.turn in self._releasing and self._on_release is not None:
             self._on_release()
             self._on_release = None
         if due.nbytes:
