@@ -29,8 +29,8 @@ from partway.wire import tensors as wire_tensors
 from partway.wire.frames import Frame
 
 Out = Iterator[tuple[str, list[bytes]]]
-"""(link, frames) in the order in which they may leave; no frames at the end of a turn that sends none, so that a
-driver may look around in long work."""
+"""(link, frames) in the order in which they may leave; no frames after a turn of this party alone, so that a driver may
+look around in long work."""
 
 
 class Identity(Protocol):
@@ -83,6 +83,8 @@ class Party:
         self.session = Session(self.me, plan, schedule, job, hello, self._verify)
         self._held: dict[tuple[Head, Message], Frame] = {}
         self._waits = False
+        self._alone: set[int] = set()
+        """Turns in which this party tells nobody anything and hears nothing."""
 
     # -- what the driver calls
 
@@ -213,7 +215,7 @@ class Party:
                 self._begin(effect.turn)
                 stop = self.worker.do(effect.task)
                 todo += self.session.did(effect.task, stop)
-                if self.session.at != effect.turn and not out:
+                if effect.turn in self._alone and self.session.at != effect.turn:
                     yield self._hub, []
             elif isinstance(effect, Derive):
                 todo += self._derive()
@@ -254,6 +256,9 @@ class Party:
         """Every HELLO is in: judge all turns, derive the keys."""
         session, keys = self.session, self._keys
         self._judge(session.turns, session.sizes)
+        nets = {id(net): net for net in session.nets}  # turns of the same shape share one
+        silent = {n for n, net in nets.items() if not any(self.me in route[:2] for route in net.letters.values())}
+        self._alone = {turn for turn, net in enumerate(session.nets) if id(net) in silent}
         self.door.agree(self.worker.shapes, session.turns, session.nets, keys.seal if keys else None)
         if keys is None:
             return self._ready()

@@ -103,6 +103,7 @@ class Shapes:
     """int64 words for a number of a gradient in a blind sum; 0 where sums are added in the clear."""
     tally_words: int
     """The same for counts, which are float64."""
+    _backwards: dict[tuple[str, str], int] = field(default_factory=dict, repr=False)
     _known: dict[tuple[LetterKind, str, str, int, bool], Carried] = field(default_factory=dict, repr=False)
 
     def of(self, turn: Turn, post: Post, sender: str, receiver: str) -> Carried:
@@ -118,8 +119,12 @@ class Shapes:
 
     def backward(self, turn: Turn, segment: str) -> int:
         """FLOPs of a segment's backward for one record of a turn."""
-        wanted = any(edge.gradient and edge.target == segment for edge in self.plan.edges(turn.flow))
-        return self.pieces[segment].backward if wanted else self.pieces[segment].backward_alone
+        key = (turn.flow, segment)
+        if key not in self._backwards:
+            wanted = any(edge.gradient and edge.target == segment for edge in self.plan.edges(turn.flow))
+            piece = self.pieces[segment]
+            self._backwards[key] = piece.backward if wanted else piece.backward_alone
+        return self._backwards[key]
 
     def sealed(self, sender: str, receiver: str) -> bool:
         """Letters between two parties that are not the hub pass through it, and are sealed from it."""
