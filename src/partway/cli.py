@@ -481,9 +481,11 @@ def simulate(
 
         result = run(parsed, records, folder=folder, watch=watch)
     rows = {**result.sites, "all sites": result.all} if result.all else result.sites
-    text = [
-        f"{name}: {', '.join(f'{k} {v:.4g}' for k, v in row.items() if v is not None)}" for name, row in rows.items()
-    ]
+    text = []
+    for name, row in rows.items():
+        told = ", ".join(f"{figure} {number:.4g}" for figure, number in row.items() if number is not None)
+        few = "" if row["classes"] else "; no class has 3 positive and 3 negative test records, so there is no AUC"
+        text.append(f"{name}: {told}{few}")
     _show(result.words(), json, "\n".join([*text, f"in {folder}" if folder else "nothing was written"]))
 
 
