@@ -62,10 +62,11 @@ class Preview:
 
     def text(self) -> str:
         train, validation, test = (f"{self.records[part]:,}" for part in ("train", "validation", "test"))
-        lines = [f"By the schema {self.schema}, every party hears that {train} records train, {validation} validate "]
-        lines[0] += f"and {test} test"
-        lines += [f"What would leave {self.site} in the job {self.job}, nothing being sent, for one record that trains,"]
-        lines[-1] += " one that validates and one that tests:"
+        counted = f"{train} records train, {validation} validate and {test} test"
+        lines = [
+            f"By the schema {self.schema}, every party hears that {counted}",
+            f"What would leave {self.site} in the job {self.job}, nothing being sent, for one record of each kind:",
+        ]
         for row in self.leaves:
             lines.append(f"  {row.what} to {row.to}, {row.how}: {row.times} x {row.nbytes} bytes")
             if row.values is not None:
