@@ -20,7 +20,7 @@ from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 
 from partway.assembly import forecast_of, sections_of
-from partway.comparison import OURS, TITLES, job_of
+from partway.compare.comparison import OURS, TITLES, job_of
 from partway.config import Job, read_job
 from partway.cost import Cost
 from partway.data import thyroid

@@ -449,7 +449,7 @@ def compare(
     from partway.config import read_job_file
 
     parsed = read_job_file(job_file)
-    from partway.compare import compare as run
+    from partway.compare.run import compare as run
     from partway.data.sets import records_for
 
     run(parsed, records_for(parsed, data), folder, seeds, json)

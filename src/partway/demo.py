@@ -14,12 +14,22 @@ from rich.live import Live
 from rich.table import Table
 from safetensors.torch import load_file
 
-from partway import tables
 from partway.assembly import network_of, sections_of
 from partway.attack.ridge import decode, linkage
 from partway.attack.view import View
-from partway.compare import learn_rates, leave, needs_pictures, new_folder
-from partway.comparison import OURS, TITLES, TUNED_ON, Comparison, alternatives, job_of, trained_of, tune, workers
+from partway.compare import tables
+from partway.compare.comparison import (
+    OURS,
+    TITLES,
+    TUNED_ON,
+    Comparison,
+    alternatives,
+    job_of,
+    trained_of,
+    tune,
+    workers,
+)
+from partway.compare.run import learn_rates, leave, needs_pictures, new_folder
 from partway.config import Job, Policy, read_job
 from partway.cost import Cost
 from partway.data import thyroid

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich import box
 from rich.table import Table
 
-from partway.comparison import FEDAVG, TITLES, Comparison, mean
+from partway.compare.comparison import FEDAVG, TITLES, Comparison, mean
 from partway.train.tuning import TRIED, total
 
 SHORT = {

@@ -12,13 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
-from partway import tables
-from partway.comparison import OURS, TUNED_ON, Comparison, alternatives, ours, tune, workers
+from partway.compare import tables
+from partway.compare.comparison import OURS, TUNED_ON, Comparison, alternatives, ours, tune, workers
+from partway.compare.page import page
+from partway.compare.picture import draw_all
 from partway.config import Job
 from partway.data.records import Records
 from partway.errors import UsageError
-from partway.page import page
-from partway.picture import draw_all
 from partway.report import machine, write_whole
 from partway.train.tuning import METHODS
 
