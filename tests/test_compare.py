@@ -81,6 +81,9 @@ def test_what_a_comparison_leaves(compared: tuple[dict[str, Any], Path]) -> None
         audit = verify(run / "va" / "ledger.jsonl", lambda signature, data: True)
         assert audit.outcome == "done"
         assert audit.head == result["ledgers"]["va"]
+        (details,) = words["runs"][method]
+        assert details["ledgers"] == result["ledgers"]
+        assert details["job"]["training"]["epochs"] == 40
 
 
 def test_cost_tells_the_same_without_running(job: Path, compared: tuple[dict[str, Any], Path]) -> None:

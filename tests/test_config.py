@@ -55,7 +55,7 @@ def test_a_job() -> None:
         ("lr = 3e-3", "lr = 0", "at `training.optimizer.lr`"),
         ('"adam"', '"adamm"', "Invalid enum value 'adamm' - at `training.optimizer.name`"),
         ('name = "thyroid"', 'name = "../thyroid"', "at `job.name`"),
-        ('cut = ["hidden.2"]', 'cut = ["hidden.2", "hidden.3"]', "vanilla needs 1 cut(s)"),
+        ("[training]", '[training]\nconfiguration = "u_shaped"', "u_shaped needs 2 cut(s)"),
         ('cut = ["hidden.2"]', "", "missing required field `cut` - at `network`"),
         ("0" * 64, "0" * 63, "at `roster[...]`"),
         ("[training]", "[training", "not TOML"),
@@ -102,3 +102,23 @@ def test_a_policy_without_a_word_lets_nothing_optional_leave() -> None:
     assert (policy.networks, policy.operators) == ([], [])
     assert not any((policy.labels_may_leave, policy.scores_may_leave, policy.bottom_to_everyone, policy.clear_sums))
     assert policy.least_sites == 3
+
+
+def test_a_second_cut_makes_a_u_shape() -> None:
+    """One line apart: labels leave with one cut, and stay with two."""
+    job = read_job(JOB_OF_ONE_CUT)
+    assert job.configuration == "vanilla"
+    assert read_job(JOB_OF_ONE_CUT.replace('["hidden.0"]', '["hidden.0", "hidden.2"]')).configuration == "u_shaped"
+    with pytest.raises(ConfigError, match=r"vanilla needs 1 cut\(s\), \[network\] cut names 2"):
+        read_job(JOB_OF_ONE_CUT.replace('["hidden.0"]', '["hidden.0", "hidden.2"]') + 'configuration = "vanilla"\n')
+
+
+JOB_OF_ONE_CUT = """
+[job]
+name = "study"
+[network]
+build = "partway.model.zoo:mlp"
+arguments = { inputs = 4, hidden = [8, 8], classes = 2 }
+cut = ["hidden.0"]
+[training]
+"""

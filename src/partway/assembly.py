@@ -86,7 +86,7 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         local_batch=training.half_trained.batch,
         synchronous_epochs=training.half_trained.synchronous_epochs,
     )
-    plan = CONFIGURATIONS[training.configuration](job.sites, server)
+    plan = CONFIGURATIONS[job.configuration](job.sites, server)
     return SCHEDULES[training.schedule](plan, settings)
 
 
@@ -147,7 +147,7 @@ def network_of(job: Job, policy: Policy, schema: Schema) -> Network:
     if width != (4, schema.classes):
         told = f"[network] {terms.build} puts out {width[1:]} numbers a record"
         raise ConfigError(f"{told}; the records have {schema.classes} classes")
-    plan = CONFIGURATIONS[job.training.configuration](job.sites or ("site",))
+    plan = CONFIGURATIONS[job.configuration](job.sites or ("site",))
     names = [s.name for s in plan.segments if s.kind == "net"]
     generator = torch.Generator().manual_seed(0)
     parts = cut(whole, torch.randn(4, *schema.shape, generator=generator), terms.cut)

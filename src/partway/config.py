@@ -105,8 +105,9 @@ class HalfTrained(Settings, frozen=True, kw_only=True):
 class Training(Settings, frozen=True, kw_only=True):
     """`[training]`"""
 
-    configuration: Literal["vanilla", "u_shaped"] = "vanilla"
-    """`vanilla` sends labels to the server; `u_shaped` keeps them, with a head at the sites."""
+    configuration: Literal["vanilla", "u_shaped"] | None = None
+    """`vanilla` sends labels to the server; `u_shaped` keeps them, with a head at the sites. If it is not said, one cut
+    makes it `vanilla`, two a U-shape."""
     schedule: Literal["synchronous", "half_trained"] = "synchronous"
     """In which order the parties train; see `docs/schedules.md`."""
     epochs: Positive = 20
@@ -256,6 +257,11 @@ class Job(Settings, frozen=True, kw_only=True):
         return tuple(sorted(self.roster))
 
     @property
+    def configuration(self) -> Literal["vanilla", "u_shaped"]:
+        """As it was said, or by the number of cuts."""
+        return self.training.configuration or ("u_shaped" if len(self.network.cut) > 1 else "vanilla")
+
+    @property
     def epochs_at_sites(self) -> int:
         """How often a site's training records are gone through at the site."""
         half = self.training.half_trained
@@ -374,12 +380,12 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
         schema: the text of the schema file that `[records] schema` names, if it names a file.
     """
     job = _read(text, Job, where)
-    cuts = {"vanilla": 1, "u_shaped": 2}[job.training.configuration]
+    cuts = {"vanilla": 1, "u_shaped": 2}[job.configuration]
     if len(job.network.cut) != cuts:
         raise ConfigError(
-            f"{where}: {job.training.configuration} needs {cuts} cut(s), [network] cut names {len(job.network.cut)}"
+            f"{where}: {job.configuration} needs {cuts} cut(s), [network] cut names {len(job.network.cut)}"
         )
-    if job.training.schedule == "half_trained" and job.training.configuration != "vanilla":
+    if job.training.schedule == "half_trained" and job.configuration != "vanilla":
         raise ConfigError(
             f"{where}: half_trained needs configuration = `vanilla`, for the server trains by the labels; "
             "labels stay at the sites with schedule = `synchronous` and configuration = `u_shaped`"

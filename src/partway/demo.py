@@ -24,6 +24,7 @@ from partway.compare.comparison import (
     TUNED_ON,
     Comparison,
     alternatives,
+    details_of,
     job_of,
     trained_of,
     tune,
@@ -49,7 +50,6 @@ BASE: dict[str, dict[str, Any]] = {
         "arguments": {"inputs": 29, "hidden": [64, 16, 128, 64], "classes": 7},
         "cut": ["hidden.2", "hidden.7"],
     },
-    "training": {"configuration": "u_shaped"},
 }
 """The demo's network and records: 16 numbers a record cross the first cut, and in a U-shape 64 come back."""
 MARKED: dict[str, dict[str, Any]] = {
@@ -101,13 +101,14 @@ def demo(folder: Path, seeds: int, as_json: bool) -> None:
                     job = job_of(base, method, found.rate(method), seed)
                     with Show(console, running, f"{title}: {TITLES[method]}") as show:
                         ran = running.run(sections_of(job), show.update)
-                    found.runs.setdefault(method, []).append(trained_of(_result(running, ran)))
+                    result = _result(running, ran)
+                    found.add(method, trained_of(result), details_of(result))
                     if method == "split":
                         more["attack"].append(_attack(job, ran, seed))
                 rates = {name: t.rate for name, t in found.tuning.items() if name not in OURS}
                 with console.status(title) as line:
                     for name, trained in alternatives(pool, base, thyroid.bundled(seed), rates, seed):
-                        found.runs.setdefault(name, []).append(trained)
+                        found.add(name, trained)
                         line.update(f"{title}: the alternatives, as plain loops; {name} has ended")
                     runs = dict(alternatives(pool, marked, bundled("thyroid", seed, "marks"), with_marks(found), seed))
                     for name in with_marks(found):
@@ -144,6 +145,9 @@ def _result(running: LocalFederation, ran: Ran) -> Result:
         all=at_server["all"],
         sites={site: words["sites"][site] for site, words in own.items()},
         cost={site: Cost(**words["cost"][site]) for site, words in own.items()},
+        plan=at_server["plan"],
+        holds=at_server["holds"],
+        ledgers=at_server["ledgers"],
     )
 
 

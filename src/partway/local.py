@@ -287,9 +287,9 @@ def _collect(process: Process, lines: TextIO) -> None:
 
 
 def toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
-    """A job, site or server file.
+    """A job, site or server file; a key without a value is left out.
 
-    >>> print(toml({"training": {"epochs": 2, "optimizer": {"name": "adam", "lr": 0.003}}}), end="")
+    >>> print(toml({"training": {"seed": None, "epochs": 2, "optimizer": {"name": "adam", "lr": 0.003}}}), end="")
     [training]
     epochs = 2
     optimizer = { name = "adam", lr = 0.003 }
@@ -301,6 +301,6 @@ def toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
         return json.dumps(v)
 
     return "\n".join(
-        f"[{name}]\n" + "".join(f"{key} = {value(v)}\n" for key, v in section.items())
+        f"[{name}]\n" + "".join(f"{key} = {value(v)}\n" for key, v in section.items() if v is not None)
         for name, section in sections.items()
     )

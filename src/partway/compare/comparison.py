@@ -56,7 +56,6 @@ def job_of(base: Job, method: str, rate: float, seed: int) -> Job:
     """
     u_shaped, like = method == "u_shaped", METHODS[OURS[method]]
     training = Training(
-        configuration="u_shaped" if u_shaped else "vanilla",
         schedule="half_trained" if method == "half_trained" else "synchronous",
         epochs=like.budget,
         batch=like.batch,
@@ -88,6 +87,11 @@ def trained_of(result: Result) -> Trained:
     )
 
 
+def details_of(result: Result) -> dict[str, Any]:
+    """What was run, for the record: the job, who does and holds what, and the heads of all ledgers."""
+    return {"job": result.job, "plan": result.plan, "holds": result.holds, "ledgers": result.ledgers}
+
+
 def _scores(row: Mapping[str, Any]) -> Scores:
     return Scores(**{name: number for name, number in row.items() if name != "epoch"})
 
@@ -106,8 +110,16 @@ class Comparison:
     """By method, one a seed; of federated averaging each variant by itself."""
     tuning: dict[str, Tuned] = field(default_factory=dict)
     """By plain loop."""
+    details: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Of Partway's methods, one a seed."""
     marked: dict[str, list[Trained]] = field(default_factory=dict)
     """Plain loops on the same records, scaled by reference ranges with marks; one a seed."""
+
+    def add(self, method: str, trained: Trained, details: dict[str, Any] | None = None) -> None:
+        """One more seed of a method."""
+        self.runs.setdefault(method, []).append(trained)
+        if details is not None:
+            self.details.setdefault(method, []).append(details)
 
     @property
     def methods(self) -> list[str]:
@@ -183,6 +195,7 @@ class Comparison:
                 scale: {name: {f: by(name, f) for f in FIGURES} for name in self.marked}
                 for scale, by in (("statistics", self.everybody), ("marks", self.everybody_marked))
             },
+            "runs": self.details,
             "raw_bytes": self.raw() if "pooled" in self.runs else {},
             "losses": {m: [list(map(float, run.losses)) for run in self.of(m)] for m in self.methods},
             "validation": {
@@ -261,8 +274,8 @@ def ours(
     rates: Mapping[str, float],
     seed: int,
     folder: Path,
-) -> Iterator[tuple[str, Trained]]:
-    """Partway's methods named, each at its rate and in one process, as they end.
+) -> Iterator[tuple[str, tuple[Trained, dict[str, Any]]]]:
+    """Partway's methods named, each at its rate and in one process, as they end, with their details.
 
     Args:
         folder: each leaves its result, network and ledgers in a folder of its name here.
@@ -292,5 +305,6 @@ def _run(base: Job, records: Mapping[str, Records], name: str, rate: float, seed
     return METHODS[name].run(_task(base, records, seed), METHODS[name], rate)
 
 
-def _simulate(job: Job, records: Mapping[str, Records], folder: Path) -> Trained:
-    return trained_of(simulate(job, records, folder=folder))
+def _simulate(job: Job, records: Mapping[str, Records], folder: Path) -> tuple[Trained, dict[str, Any]]:
+    result = simulate(job, records, folder=folder)
+    return trained_of(result), details_of(result)

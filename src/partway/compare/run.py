@@ -50,10 +50,12 @@ def compare(job: Job, records_of: RecordsOf, folder: Path, seeds: int, as_json: 
         for seed in found.seeds:
             mine, divided = {method: found.rate(method) for method in methods}, records_of(seed)
             left = home / "runs" / f"seed-{seed}"
-            for runs in (ours(pool, job, divided, mine, seed, left), alternatives(pool, job, divided, rates, seed)):
-                for method, trained in runs:
-                    found.runs.setdefault(method, []).append(trained)
-                    line.update(f"seed {seed + 1} of {seeds}: {method} has ended")
+            for method, (trained, details) in ours(pool, job, divided, mine, seed, left):
+                found.add(method, trained, details)
+                line.update(f"seed {seed + 1} of {seeds}: {method} has ended")
+            for method, trained in alternatives(pool, job, divided, rates, seed):
+                found.add(method, trained)
+                line.update(f"seed {seed + 1} of {seeds}: {method} has ended")
     words = {**found.words(), "machine": machine(threads=1), "seconds": round(time.monotonic() - began, 1)}
     leave(console, found, words, list(tables.notes(found)), home, as_json)
     if not as_json:
