@@ -88,6 +88,8 @@ class Agent:
         self._began = self._told = 0.0
         """When it began, and when last it was told how it stands; seconds."""
         self._stopping = self._waiting = False
+        self._goodbye: asyncio.Task[None] | None = None
+        """Says it once this site's own people have asked to stop."""
 
     async def serve(self, jobs: int | None = None) -> None:
         """Takes part in jobs until it is stopped, or until so many have ended.
@@ -119,35 +121,43 @@ class Agent:
                         ended += 1
                     # Anything else is the end of a job that has failed here.
         finally:
+            if self._goodbye is not None:
+                self._goodbye.cancel()
             await self._link.close()
         if failure is not None:
             raise failure
 
     async def _receive(self) -> list[Frame]:
         """The next message's frames. Raises `Stopped` once this site's own people have asked for it."""
-        if self._stopping:
-            await self._say_goodbye()
-        else:
+        while True:
+            if self._stopping:
+                self._leave()
             self._waiting = True
             try:
-                return frames.split(await self._link.receive(), "server")
+                message = await self._link.receive()
             except LinkLost:
                 if not self._stopping:
                     raise
+                raise Stopped("stopped by its own people") from None
             finally:
                 self._waiting = False
-        raise Stopped("stopped by its own people")
+            if not self._stopping:  # else it is read to its end, so that the server hears what was said last
+                return frames.split(message, "server")
 
     def _ask_to_stop(self) -> None:
         """SIGTERM or SIGINT. Only while a message is waited for is there nothing half done."""
         self._stopping = True
         if self._waiting:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._goodbye is None:
             self._goodbye = asyncio.get_running_loop().create_task(self._say_goodbye())
 
     async def _say_goodbye(self) -> None:
         if self._running is not None and not self._running.party.session.left(self.identity.name):
             await self._post(self._running.party.give_up(Reason.STOPPED))
-        await self._link.close()
+        await self._link.leave()
 
     def _greet(self, greet: Greet) -> None:
         if greet.version != __version__:

@@ -260,8 +260,15 @@ class ClientLink:
         self.bytes_received += len(message)
         return bytes(message)
 
+    async def leave(self, seconds: float = 2.0) -> None:
+        """Says that nothing more is sent; `receive` ends when the server has read all, or after so many seconds."""
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            await self._stream.done_writing()
+        await asyncio.sleep(seconds)
+        self._stream.cancel()
+
     async def close(self) -> None:
-        """Lets go, after what was sent has left."""
+        """Lets go; what was just sent may be lost."""
         self._stream.cancel()
         await self._channel.close()
 
