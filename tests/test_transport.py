@@ -88,6 +88,17 @@ class Client:
     def receive(self) -> bytes:
         return LOOP.run_until_complete(self.link.receive())
 
+    def leave(self) -> None:
+        """As a site does: says that it sends no more, and reads on."""
+
+        async def left() -> None:
+            leaving = asyncio.create_task(self.link.leave())
+            with pytest.raises(LinkLost):
+                await self.link.receive()
+            leaving.cancel()
+
+        LOOP.run_until_complete(left())
+
     def close(self) -> None:
         LOOP.run_until_complete(self.link.close())
 
@@ -214,8 +225,21 @@ def test_the_server_sees_whose_certificate_it_is(serving: Serving) -> None:
 def test_a_refused_stream_hears_why(serving: Serving) -> None:
     serving.driver.refusal = UsageError("svi is connected already")
     client = serving.connect()
+    client.send(b"hello")
     with pytest.raises(UsageError, match="svi is connected already"):
         client.receive()
+    client.close()
+
+
+def test_what_is_sent_before_leaving_is_read_before_the_link_is_lost(serving: Serving) -> None:
+    client = serving.connect()
+    client.send(b"hello")
+    serving.driver.links.get(timeout=10)
+    for number in range(50):
+        client.send(b"%d" % number)
+    client.leave()
+    assert serving.driver.lost_for.get(timeout=10)
+    assert [serving.driver.messages.get_nowait() for _ in range(51)][-1] == b"49"
     client.close()
 
 
