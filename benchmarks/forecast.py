@@ -19,13 +19,13 @@ from reporting import Claim, report
 from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 
-from partway.assembly import forecast_of, sections_of
+from partway.assembly import forecast_of
 from partway.compare.comparison import OURS, TITLES, job_of
 from partway.config import Job, read_job
 from partway.cost import Cost
 from partway.data import thyroid
 from partway.demo import BASE
-from partway.local import LocalFederation, toml
+from partway.local import LocalFederation, sections_of, toml
 from partway.simulation import federation
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from partway.cost import Cost
 from partway.data import thyroid
-from partway.data.records import Records
+from partway.data.records import Records, statistics_of
 from partway.errors import UsageError
 from partway.model.cut import cut
 from partway.model.zoo import mlp
@@ -181,7 +181,7 @@ def test_a_large_batch_is_the_sum_of_what_sites_send() -> None:
         parts = [(some[owners == k], labels[owners == k]) for k in range(3) if (owners == k).any()]
         step(summed, both[0], parts, [1 / len(labels)] * len(parts))
         step(averaged, both[1], parts, [1 / (len(parts) * len(own)) for _, own in parts])
-    baselines.train(network, lambda p: baselines.adam(p, 0.01), batches(y))
+    baselines.descend(network, baselines.adam(list(network.parameters()), 0.01), batches(y))
     assert apart(network, summed) < 1e-12
     assert apart(network, averaged) > 1e-3
 
@@ -341,7 +341,7 @@ def test_records_are_standardised_by_training_records_alone() -> None:
     assert training[:, 2:4].mean(0).abs().max() < 1e-6
     assert (training[:, 2:4].std(0, correction=0) - 1).abs().max() < 1e-6
     assert features["a"][:, 2:4].mean(0).abs().max() > 0.1
-    mean, _ = baselines.statistics_of([task.records["a"]])
+    mean, _ = statistics_of([task.records["a"]])
     own = task.records["a"].features[:60, 2:4].mean(0)
     assert torch.allclose(mean, own, rtol=1e-12)
 

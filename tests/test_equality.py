@@ -10,7 +10,7 @@ import torch
 from federations import SIZES, bits, difference, job_of, pooled, small
 from partway.config import read_job
 from partway.data import thyroid
-from partway.data.records import deviation_of, mean_of, moments, squares
+from partway.data.records import statistics_of
 from partway.protocol.messages import LetterKind
 from partway.simulation import Federation, federation
 from partway.train.source import RecordSource
@@ -177,9 +177,7 @@ def test_thyroid_is_standardised_by_blind_sums_as_pooling_would() -> None:
     records = thyroid.bundled(seed=0)
     whole = federation(read_job(THYROID), records)
     whole.run()
-    training = torch.cat([r.features[r.division["train"]][:, r.numeric] for r in records.values()])
-    measured, mean = mean_of(moments(training))
-    deviation = deviation_of(measured, squares(training, mean))
+    mean, deviation = statistics_of(records.values())
     for site, own in records.items():
         source = whole.parties[site].party.worker.source
         assert isinstance(source, RecordSource)

@@ -25,7 +25,7 @@ from partway import pki
 from partway.assembly import network_of
 from partway.config import Policy, read_job
 from partway.data import thyroid
-from partway.data.records import deviation_of, mean_of, moments, squares
+from partway.data.records import statistics_of
 from partway.equality import plain_run
 from partway.errors import JobFailed, PartwayError, Refused, TrustError, UsageError
 from partway.ledger import verify
@@ -159,9 +159,7 @@ def test_the_whole_network_at_a_site_gives_its_scores(federation: LocalFederatio
     network = network_of(parsed, Policy(networks=[parsed.network.build]), thyroid.SCHEMA).whole
     network.load_state_dict(load_file(ran.folders["svi"] / "network.safetensors"))
     records = thyroid.bundled(0)
-    training = torch.cat([r.features[r.division["train"]][:, r.numeric] for r in records.values()])
-    measured, mean = mean_of(moments(training))
-    x = records["svi"].scaled(mean, deviation_of(measured, squares(training, mean))).float()
+    x = records["svi"].scaled(*statistics_of(records.values())).float()
     test = records["svi"].division["test"]
     with torch.no_grad():
         scores = metrics.scores(network(x[test]), records["svi"].labels[test])
@@ -178,9 +176,7 @@ def test_no_record_leaves_a_real_site(records: dict[str, Path], tmp_path: Path) 
             running.start_site(site, [*code, str(running.folder / site / "site.toml"), str(taps[site])])
         done = running.run(job(training={"epochs": 1}, evaluation={"every": 1, "site_scores": True}))
         bundled = thyroid.bundled(0)
-        training = torch.cat([r.features[r.division["train"]][:, r.numeric] for r in bundled.values()])
-        measured, mean = mean_of(moments(training))
-        deviation = deviation_of(measured, squares(training, mean))
+        mean, deviation = statistics_of(bundled.values())
     for site, own in bundled.items():
         plain = [taps[site].read_bytes()]
         assert len(plain[0]) == done.result(site)["cost"][site]["bytes_up"] - 28 * sealed_letters(done, site)

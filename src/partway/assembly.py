@@ -58,13 +58,6 @@ def schema_of(job: Job) -> Schema:
     return layout(columns_of(job), job.records.scale)
 
 
-def sections_of(job: Job) -> dict[str, dict[str, Any]]:
-    """A job as the sections of its file, without roster and schema."""
-    words: dict[str, dict[str, Any]] = msgspec.to_builtins(job)
-    del words["roster"], words["columns"]
-    return words
-
-
 def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
     """The plan with all its flows, and the schedule: what every party derives from the signed job alone."""
     training, evaluation = job.training, job.evaluation

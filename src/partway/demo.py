@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from safetensors.torch import load_file
 
-from partway.assembly import network_of, sections_of
+from partway.assembly import network_of
 from partway.attack.ridge import decode, linkage
 from partway.attack.view import View
 from partway.compare import tables
@@ -30,13 +31,13 @@ from partway.compare.comparison import (
     tune,
     workers,
 )
-from partway.compare.run import learn_rates, leave, needs_pictures, new_folder
+from partway.compare.run import begin, learn_rates, leave
 from partway.config import Job, Policy, read_job
 from partway.cost import Cost
 from partway.data import thyroid
 from partway.data.sets import bundled
 from partway.equality import plain_run
-from partway.local import SERVER, LocalFederation, Ran, toml
+from partway.local import SERVER, LocalFederation, Ran, sections_of, toml
 from partway.report import Result, machine
 from partway.server.status import Status
 from partway.train import baselines
@@ -76,18 +77,10 @@ def demo(folder: Path, seeds: int, as_json: bool) -> None:
         seeds: each divides the records, draws orders and first weights anew.
         as_json: print one JSON object instead of tables; progress goes to stderr.
     """
-    needs_pictures("the demo")
-    began, console = time.monotonic(), Console(stderr=as_json, highlight=False)
-    home = new_folder(folder)
+    began, base, marked = time.monotonic(), read_job(toml(BASE)), read_job(toml(MARKED))
+    console, home, found = begin("the demo", base, thyroid.bundled(0), folder, seeds, as_json)
     files = {path.name.removesuffix(".csv.gz"): path for path in thyroid.write_sites(home / "records")}
-    base, marked, records = read_job(toml(BASE)), read_job(toml(MARKED)), thyroid.bundled(0)
-    sizes = {site: records[site].sizes for site in sorted(records)}
-    found = Comparison(base, "thyroid", list(range(seeds)), thyroid.SCHEMA, sizes)
-    count = sum(len(own.labels) for own in records.values())
-    console.print(
-        f"{len(files)} sites and a server train one network on {count:,} thyroid records, {len(TITLES)} ways."
-    )
-    console.print(f"Everything is left in {home}. On two cores this takes about {70 + 60 * seeds} s.")
+    console.print(f"They train one network, {len(TITLES)} ways. On two cores this takes about {70 + 40 * seeds} s.")
     more: dict[str, Any] = {"attack": [], "federation": {}}
     with workers() as pool:
         with console.status("") as line:
@@ -96,23 +89,8 @@ def demo(folder: Path, seeds: int, as_json: bool) -> None:
             with console.status("starting six processes, each with its own records, certificate, policy and ledger"):
                 running.start()
             for seed in found.seeds:
-                title = f"seed {seed + 1} of {seeds}"
-                for method in OURS:
-                    job = job_of(base, method, found.rate(method), seed)
-                    with Show(console, running, f"{title}: {TITLES[method]}") as show:
-                        ran = running.run(sections_of(job), show.update)
-                    result = _result(running, ran)
-                    found.add(method, trained_of(result), details_of(result))
-                    if method == "split":
-                        more["attack"].append(_attack(job, ran, seed))
-                rates = {name: t.rate for name, t in found.tuning.items() if name not in OURS}
-                with console.status(title) as line:
-                    for name, trained in alternatives(pool, base, thyroid.bundled(seed), rates, seed):
-                        found.add(name, trained)
-                        line.update(f"{title}: the alternatives, as plain loops; {name} has ended")
-                    runs = dict(alternatives(pool, marked, bundled("thyroid", seed, "marks"), with_marks(found), seed))
-                    for name in with_marks(found):
-                        found.marked.setdefault(name, []).append(runs[name])
+                more["attack"].append(_our_methods(console, running, found, seed))
+                _alternatives(console, pool, found, marked, seed)
             with Show(console, running, "equality: 200 steps in float64") as show:
                 ran = running.run(EQUAL, show.update)
             with console.status("the same 200 steps in one loop over pooled records"):
@@ -127,10 +105,34 @@ def demo(folder: Path, seeds: int, as_json: bool) -> None:
 # -- what is run
 
 
-def with_marks(found: Comparison) -> dict[str, float]:
-    """The plain loops that are run with other inputs too, and their rates; `synchronous` is the pooled one."""
-    names = ("alone", "half_trained", "pooled", found.name_of("fedavg"), "large_batch_sgd")
-    return {name: found.tuning[name].rate for name in names}
+def _our_methods(console: Console, running: LocalFederation, found: Comparison, seed: int) -> float:
+    """Real runs of each; returns what the attack on the cut of `synchronous` comes to."""
+    linked = 0.0
+    for method in OURS:
+        job = job_of(found.base, method, found.rate(method), seed)
+        with Show(console, running, f"seed {seed + 1} of {len(found.seeds)}: {TITLES[method]}") as show:
+            ran = running.run(sections_of(job), show.update)
+        result = _result(running, ran)
+        found.add(method, trained_of(result), details_of(result))
+        if method == "split":
+            linked = _attack(job, ran, seed)
+    return linked
+
+
+def _alternatives(console: Console, pool: ProcessPoolExecutor, found: Comparison, marked: Job, seed: int) -> None:
+    """Plain loops, and some of them with other inputs too; `synchronous` is the pooled one."""
+    title = f"seed {seed + 1} of {len(found.seeds)}: the alternatives, as plain loops"
+    rates = {name: tuned.rate for name, tuned in found.tuning.items()}
+    with console.status(title) as line:
+        others = {name: rate for name, rate in rates.items() if name not in OURS}
+        for name, trained in alternatives(pool, found.base, thyroid.bundled(seed), others, seed):
+            found.add(name, trained)
+            line.update(f"{title}; {name} has ended")
+        names = ("alone", "half_trained", "pooled", found.name_of("fedavg"), "large_batch_sgd")
+        some = {name: rates[name] for name in names}
+        runs = dict(alternatives(pool, marked, bundled("thyroid", seed, "marks"), some, seed))
+        for name in names:
+            found.marked.setdefault(name, []).append(runs[name])
 
 
 def _result(running: LocalFederation, ran: Ran) -> Result:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from partway.assembly import DTYPES, Network, network_of, optimizer_of, plan_of
 from partway.config import Job, Policy
-from partway.data.records import Records, deviation_of, mean_of, moments, squares
+from partway.data.records import Records, statistics_of
 from partway.model.segment import initialise
 from partway.plan.batches import equal_parts, union_batches
 from partway.plan.plan import Part
@@ -203,8 +203,6 @@ def standardise_together(sources: list[RecordSource]) -> None:
     """What pooling would do: statistics of all training records in one pass over them."""
     if not sources[0].records.schema.numeric:
         return
-    training = [s.records.features[s.records.division["train"]][:, s.records.numeric] for s in sources]
-    measured, mean = mean_of(moments(torch.cat(training)))
-    deviation = deviation_of(measured, squares(torch.cat(training), mean))
+    mean, deviation = statistics_of(source.records for source in sources)
     for source in sources:
         source.standardise(mean, deviation)

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import msgspec
 
 from partway import pki
+from partway.config import Job
 from partway.errors import JobFailed, PartwayError, Refused
 from partway.server.coordinator import own_secret
 from partway.server.status import Status
@@ -304,3 +305,10 @@ def toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
         f"[{name}]\n" + "".join(f"{key} = {value(v)}\n" for key, v in section.items() if v is not None)
         for name, section in sections.items()
     )
+
+
+def sections_of(job: Job) -> dict[str, dict[str, Any]]:
+    """A job as the sections of its file, without roster and schema."""
+    words: dict[str, dict[str, Any]] = msgspec.to_builtins(job)
+    del words["roster"], words["columns"]
+    return words

@@ -35,15 +35,9 @@ def compare(job: Job, records_of: RecordsOf, folder: Path, seeds: int, as_json: 
         seeds: each divides the records, draws orders and first weights anew.
         as_json: print one JSON object instead of tables; progress goes to stderr.
     """
-    needs_pictures("a comparison")
-    began, console = time.monotonic(), Console(stderr=as_json, highlight=False)
-    home = new_folder(folder)
-    records = records_of(0)
-    sizes = {site: records[site].sizes for site in sorted(records)}
-    name = job.columns.schema.name if job.columns else job.job.name
-    found = Comparison(job, name, list(range(seeds)), next(iter(records.values())).schema, sizes)
+    began = time.monotonic()
+    console, home, found = begin("a comparison", job, records_of(0), folder, seeds, as_json)
     methods = [m for m in OURS if m != "u_shaped" or len(job.network.cut) > 1]
-    console.print(f"{sum(map(len_of, records.values())):,} records of {len(sizes)} sites; all is left in {home}.")
     with workers() as pool, console.status("") as line:
         learn_rates(found, tune(pool, job, records_of(TUNED_ON)), line.update)
         rates = {name: chosen.rate for name, chosen in found.tuning.items() if name not in OURS}
@@ -62,28 +56,32 @@ def compare(job: Job, records_of: RecordsOf, folder: Path, seeds: int, as_json: 
         console.print("  runs/<seed>/<method>: each run's result, network and ledgers")
 
 
+def begin(
+    what: str, job: Job, records: Mapping[str, Records], folder: Path, seeds: int, as_json: bool
+) -> tuple[Console, Path, Comparison]:
+    """Where it is told, where it is left, and nothing found yet.
+
+    Raises:
+        UsageError: the pictures could not be drawn; nothing has been run then.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(f"{what} draws pictures and needs matplotlib: install partway[demo]")
+    console = Console(stderr=as_json, highlight=False)
+    home = folder / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    home.mkdir(parents=True)
+    sizes = {site: records[site].sizes for site in sorted(records)}
+    name = job.columns.schema.name if job.columns else job.job.name
+    found = Comparison(job, name, list(range(seeds)), next(iter(records.values())).schema, sizes)
+    count = sum(len(own.labels) for own in records.values())
+    console.print(f"{count:,} {name} records of {len(sizes)} sites; everything is left in {home}.")
+    return console, home, found
+
+
 def learn_rates(found: Comparison, chosen: Any, say: Callable[[str], None]) -> None:
     """Takes learning rates as they are found."""
     for name, tuned in chosen:
         found.tuning[name] = tuned
         say(f"learning rates, three for each method: {len(found.tuning)} of {len(METHODS)} are found")
-
-
-def needs_pictures(what: str) -> None:
-    """Raises `UsageError` before anything is run if the pictures could not be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(f"{what} draws pictures and needs matplotlib: install partway[demo]")
-
-
-def new_folder(folder: Path) -> Path:
-    """A folder named by the present second."""
-    home = folder / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    home.mkdir(parents=True)
-    return home
-
-
-def len_of(records: Records) -> int:
-    return len(records.labels)
 
 
 def leave(

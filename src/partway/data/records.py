@@ -10,7 +10,7 @@ tensor([[-1.,  0.],
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,13 @@ def deviation_of(measured: Tensor, squares: Tensor) -> Tensor:
     """The standard deviation of each column (divisor n); 1 where all values are equal."""
     deviation = (squares / measured.clamp(min=1)).sqrt()
     return torch.where(deviation > 0, deviation, 1.0)
+
+
+def statistics_of(records: Iterable[Records]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each numeric column over the training records of these sites, shape (numeric,)."""
+    known = torch.cat([r.features[r.division["train"]][:, r.numeric] for r in records])
+    measured, mean = mean_of(moments(known))
+    return mean, deviation_of(measured, squares(known, mean))
 
 
 def divide(labels: Tensor, seed: int) -> dict[Part, Tensor]:

@@ -15,7 +15,7 @@ from partway import pki
 from partway.assembly import DTYPES, Network, network_of, optimizers_of, plan_of, schema_of, shapes_of
 from partway.config import Job, Site, contents, read_job, read_job_file
 from partway.data import table
-from partway.data.records import Records, deviation_of, mean_of, moments, squares
+from partway.data.records import Records, statistics_of
 from partway.data.schema import columns_of
 from partway.model.segment import Segment
 from partway.plan.plan import Plan, Turn
@@ -155,9 +155,7 @@ def _values(
     if post.kind not in (LetterKind.ACTIVATIONS, LetterKind.LABELS):
         return None
     dtype = DTYPES[job.training.dtype]
-    training = records.features[records.division["train"]][:, records.numeric]
-    measured, mean = mean_of(moments(training))
-    scaled = records.scaled(mean, deviation_of(measured, squares(training, mean))).to(dtype)
+    scaled = records.scaled(*statistics_of([records])).to(dtype)
     first = records.division["train"][:1]
 
     class OneRecord:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from partway.cost import Cost
-from partway.data.records import Records, Schema, deviation_of, mean_of, moments, squares
+from partway.data.records import Records, Schema, statistics_of
 from partway.errors import UsageError
 from partway.plan.plan import Part
 from partway.shapes import Piece, measure
@@ -260,13 +260,6 @@ def _shared(
 # -- records
 
 
-def statistics_of(records: Iterable[Records]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each numeric column over the training records of these sites, shape (numeric,)."""
-    known = torch.cat([r.features[r.division["train"]][:, r.numeric] for r in records])
-    count, mean = mean_of(moments(known))
-    return mean, deviation_of(count, squares(known, mean))
-
-
 def scaled_together(records: Mapping[str, Records]) -> dict[str, Tensor]:
     """All features of each site in float32, standardised by the training records of all these sites."""
     mean, deviation = statistics_of(records.values())
@@ -397,11 +390,6 @@ def rounds_of(
                 total[name].add_(tensor, alpha=len(y) / n)
         network.load_state_dict(total)
         yield []
-
-
-def train(network: nn.Module, optimizer: OptimizerOf, batches: Iterable[Rows]) -> list[float]:
-    """`descend` by an optimiser of its own."""
-    return descend(network, optimizer(list(network.parameters())), batches)
 
 
 def descend(network: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Rows]) -> list[float]:
