@@ -7,11 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from partway import cli
+from partway.config import Connection, Policy, Site, SiteHeader
 from partway.local import toml
+from partway.site import show
+from partway.site.releases import Releases
 
 JOB = {
     "job": {"name": "thyroid", "seed": 1},
@@ -305,3 +309,32 @@ def test_preview(type_: Type) -> None:
     Path("bad.signed").write_bytes(b"nothing")
     code, _, err = type_("site preview site.toml bad.signed")
     assert code == 2
+
+
+def test_a_preview_counts_releases_in_jobs_before(type_: Type) -> None:
+    type_("data records")
+    half = {"schedule": "half_trained", "epochs": 1, "half_trained": {"rounds": 1, "local_epochs": 1}}
+    Path("job.toml").write_text(toml(JOB | {"training": half}))
+    Path("site.toml").write_text(toml(SITE))
+    assert type_("site preview site.toml job.toml")[0] == 0
+    Path("runs").mkdir()
+    Releases(Path("runs")).note("half", bytes(32))
+    code, out, _ = type_("site preview site.toml job.toml")
+    assert code == 3
+    assert "would have been handed over 2 times; [policy] most_releases is 1" in out
+
+
+def test_a_site_s_words_are_shown_as_they_stand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Brackets in a message, such as a section of a file, are no markup for the terminal."""
+
+    class Refusing:
+        def __init__(self, site: Any, home: Path, say: Any) -> None:
+            self._say = say
+
+        async def serve(self, jobs: int | None) -> None:
+            self._say(show.Progress("half", "refused", "svi refuses the job: [policy] most_releases is 1"))
+
+    monkeypatch.setattr(show, "Agent", Refusing)
+    header = SiteHeader(name="svi", server="localhost:1")
+    show.run(Site(site=header, data=Connection(path="x"), policy=Policy()), Path(), None, as_json=False)
+    assert "[policy] most_releases is 1" in capsys.readouterr().out

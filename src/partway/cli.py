@@ -280,7 +280,7 @@ def _watch(identity: Path, server: str, status: Status) -> Status:
 
     from rich.console import Console
 
-    with Console(stderr=True).status(status.line()) as line:
+    with Console(stderr=True, markup=False).status(status.line()) as line:
         while not status.ended:
             time.sleep(0.3)
             status = _status(identity, server, "status", status.id.encode())
@@ -472,7 +472,7 @@ def simulate(
     from partway.simulation import simulate as run
 
     records = records_for(parsed, data)(parsed.job.seed)
-    with Console(stderr=True).status(f"{parsed.job.name}: joining") as line:
+    with Console(stderr=True, markup=False).status(f"{parsed.job.name}: joining") as line:
 
         def watch(name: str, assembled: Any) -> None:
             session = assembled.party.session

@@ -387,8 +387,8 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
         )
     if job.training.schedule == "half_trained" and job.configuration != "vanilla":
         raise ConfigError(
-            f"{where}: half_trained needs configuration = `vanilla`, for the server trains by the labels; "
-            "labels stay at the sites with schedule = `synchronous` and configuration = `u_shaped`"
+            f"{where}: half_trained needs `vanilla`, with one cut, for the server trains by the labels; "
+            "labels stay at the sites with schedule = `synchronous` and two cuts, a U-shape"
         )
     if job.training.patience and job.training.keep != "best":
         raise ConfigError(f"{where}: [training] patience needs keep = `best`")

@@ -66,7 +66,7 @@ def begin(
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(f"{what} draws pictures and needs matplotlib: install partway[demo]")
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, markup=False)
     home = folder / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     home.mkdir(parents=True)
     sizes = {site: records[site].sizes for site in sorted(records)}

@@ -89,7 +89,8 @@ def by_site(found: Comparison, figure: str, title: str) -> Table:
 
 def encodings(found: Comparison) -> Table:
     """Statistics of all sites against reference ranges with marks, on everybody's patients."""
-    title = "inputs scaled by statistics of all sites, or by reference ranges with marks\n(plain loops, rates as above)"
+    title = "inputs scaled by statistics of all sites, or by reference ranges with marks"
+    title += "\n(plain loops, rates as above; half-trained by statistics is the real run)"
     made = table(title, "method", "acc", "with marks", "bal", "with marks ", "AUC", "with marks  ")
     for name in found.marked:
         row = []

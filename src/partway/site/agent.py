@@ -31,6 +31,7 @@ from partway.protocol.messages import (
     Reason,
     Wrong,
 )
+from partway.site.releases import Releases
 from partway.transport.grpc import ClientLink, Credentials
 from partway.wire import frames
 from partway.wire.frames import Frame
@@ -83,6 +84,7 @@ class Agent:
             raise TrustError(f"{held}; the site file says {self.settings.name}")
         self._secret = own_secret(home / self.settings.identity)
         table.load(home / site.data.path, site.data.connector)  # whether it fits, a job's schema says
+        self._releases = Releases(home / self.settings.folder)
         self._running: Assembled | None = None
         """The job that runs."""
         self._began = self._told = 0.0
@@ -193,8 +195,8 @@ class Agent:
                 folder=folder,
                 device=self.settings.device,
                 tap=self._tap,
-                released=self._released(),
-                on_release=lambda: self._note_release(name, digest),
+                released=self._releases.count,
+                on_release=lambda: self._releases.note(name, digest),
             )
             roster = {**job.roster, server: subject.fingerprint}
             schema = schema_of(job)
@@ -215,21 +217,6 @@ class Agent:
         written = ", ".join(path.name for path in files)
         self._tell(assembled, "done", f"{written} and ledger.jsonl are in {folder}")
         return None
-
-    @property
-    def _releases(self) -> Path:
-        """A line for each job that records were released in; a site with other records begins a new one."""
-        return self._home / self.settings.folder / "releases.log"
-
-    def _released(self) -> int:
-        return len(self._releases.read_text().splitlines()) if self._releases.exists() else 0
-
-    def _note_release(self, job: str, digest: bytes) -> None:
-        try:
-            with self._releases.open("a") as file:
-                file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {job} {digest.hex()}\n")
-        except OSError as error:
-            raise JobFailed(f"{self._releases} cannot be written ({error.strerror}), so nothing leaves") from None
 
     async def _run(self, assembled: Assembled, server: str, folder: Path) -> list[Path]:
         party, self._running = assembled.party, assembled

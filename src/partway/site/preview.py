@@ -24,6 +24,7 @@ from partway.policy import judge_job, judge_turns
 from partway.protocol.messages import LetterKind, Post, Reason
 from partway.protocol.net import Route, Task, compile
 from partway.shapes import Shapes
+from partway.site.releases import Releases
 from partway.train.worker import Worker
 
 _SERVER = "server"
@@ -94,7 +95,8 @@ def preview(site: Site, home: Path, job_file: Path) -> Preview:
     network = network_of(job, policy, schema)
     shapes = shapes_of(job, plan, network, schema)
     turns = _turns(me, plan, schedule)
-    found.objections += [o.words for o in judge_turns(policy, me, shapes, turns)]
+    released = Releases(home / site.site.folder).count
+    found.objections += [o.words for o in judge_turns(policy, me, shapes, turns, released)]
     records = table.read(site.data, home, job)
     found.records = records.sizes
     found.leaves = list(_leaves(me, job, plan, shapes, network, turns, records))

@@ -24,7 +24,7 @@ def run(site: Site, home: Path, jobs: int | None, as_json: bool) -> None:
         agent = Agent(site, home, lambda p: print(json.dumps({"site": site.site.name, **asdict(p)}), flush=True))
         uvloop.run(agent.serve(jobs))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     with console.status(f"{site.site.name}: connecting to {site.site.server}") as line:
 
         def say(progress: Progress) -> None:
