@@ -67,7 +67,8 @@ def _in_short(found: Mapping[str, Any]) -> list[str]:
         f"Of everybody's patients, a site's own model tells {reached('alone')} rightly, diagnosis by diagnosis in the "
         f"mean. Trained together: {together}; with all records in one place {reached('pooled')}; by federated "
         f"averaging {reached('fedavg')}.",
-        "No record left its site: what crosses is what the first layers make of it, and labels, to the server.",
+        "In Partway's runs no record left its site: what crosses to the server is what the first layers make of it "
+        "and, except in the U-shape, its label.",
     ]
     if ours:
         factors = [f"{spent('fedavg', 'flops') / spent(m, 'flops'):.0f} ({methods[m]['title']})" for m in ours]
