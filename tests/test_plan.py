@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from partway.errors import PlanError
 from partway.plan.batches import union_batches
 from partway.plan.configurations import CONFIGURATIONS, chain, u_shaped, vanilla
+from partway.plan.phases import Settings
 from partway.plan.plan import ONE, Copy, Edge, Plan, Segment, Turn
-from partway.plan.schedules import SCHEDULES, Settings, half_trained, synchronous
+from partway.plan.schedules import SCHEDULES, half_trained, synchronous
 
 SITES = ("a", "b", "c")
 SIZES = {"a": {"train": 50, "validation": 5, "test": 9}, "b": {"train": 30, "validation": 0, "test": 0}}

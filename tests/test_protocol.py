@@ -13,8 +13,9 @@ import pytest
 
 from partway.errors import PeerError
 from partway.plan.configurations import chain, u_shaped, vanilla
+from partway.plan.phases import Schedule, Settings
 from partway.plan.plan import Copy, Edge, Plan, Segment, Turn
-from partway.plan.schedules import Schedule, Settings, half_trained, synchronous
+from partway.plan.schedules import half_trained, synchronous
 from partway.protocol.messages import (
     Bye,
     Counts,

@@ -20,6 +20,7 @@ from partway.local import toml
 from partway.model.segment import Segment
 from partway.plan import schedules
 from partway.plan.configurations import vanilla
+from partway.plan.phases import Schedule, Settings
 from partway.plan.plan import Edge, Plan
 from partway.privacy.blind_sum import BlindSum, ClearSum
 from partway.privacy.seal import Keys
@@ -127,12 +128,12 @@ def test_the_search_finds_what_a_raw_edge_lets_through(monkeypatch: pytest.Monke
     """A plan with an edge from the records to the server is refused; forced through, every row of it is found."""
     edge = Edge("data", "trunk", gradient=False)
 
-    def leaky(plan: Plan, settings: schedules.Settings) -> tuple[Plan, schedules.Schedule]:
+    def leaky(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
         whole, schedule = schedules.synchronous(plan, settings)
         flows = tuple((n, (*e, edge)) if n == "split" else (n, e) for n, e in whole.flows)
         return replace(whole, flows=flows), schedule
 
-    leaking, _ = leaky(vanilla(("a", "b", "c")), schedules.Settings())
+    leaking, _ = leaky(vanilla(("a", "b", "c")), Settings())
     assert any("raw records would leave their site" in fault for fault in leaking.validate())
 
     monkeypatch.setitem(schedules.SCHEDULES, "synchronous", leaky)

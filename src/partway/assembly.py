@@ -24,18 +24,9 @@ from partway.model.recipe import build
 from partway.model.segment import Segment, has_batchnorm, initialise
 from partway.party import Identity, Party
 from partway.plan.configurations import CONFIGURATIONS
+from partway.plan.phases import HELD, LOCAL_HEAD, SHELF, Schedule, Settings, at_sites, central, original
 from partway.plan.plan import Optimizing, Plan, Sizes, Turn
-from partway.plan.schedules import (
-    HELD,
-    LOCAL_HEAD,
-    SCHEDULES,
-    SHELF,
-    Schedule,
-    Settings,
-    at_sites,
-    central,
-    original,
-)
+from partway.plan.schedules import SCHEDULES
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
 from partway.protocol.messages import Reason
 from partway.protocol.net import compile

@@ -17,8 +17,8 @@ from partway.config import Job, Policy
 from partway.data.records import Records, statistics_of
 from partway.model.segment import initialise
 from partway.plan.batches import equal_parts, union_batches
+from partway.plan.phases import LOCAL_HEAD, at_sites
 from partway.plan.plan import Part
-from partway.plan.schedules import LOCAL_HEAD, at_sites
 from partway.train import metrics
 from partway.train.draws import first_weights, order_of
 from partway.train.source import RecordSource

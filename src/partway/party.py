@@ -17,8 +17,8 @@ from partway import __version__
 from partway.cost import Cost
 from partway.egress import Door, associated, finite
 from partway.errors import JobFailed, PartwayError, PeerError, Refused
+from partway.plan.phases import Schedule
 from partway.plan.plan import Plan, Sizes, Turn
-from partway.plan.schedules import Schedule
 from partway.privacy.blind_sum import BlindSum, ClearSum
 from partway.privacy.seal import Keys, Public, statement
 from partway.protocol.messages import Counts, Fail, Head, Hello, Letter, Message, Ready, Reason

@@ -2,93 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from partway.errors import PlanError
-from partway.plan.batches import equal_parts, local_batches, union_batches
 from partway.plan.configurations import chain
-from partway.plan.plan import ONE, Copy, Edge, Judge, Part, Plan, Segment, Sizes, Sum, Turn
-
-Schedule = Callable[[Sizes], tuple[Turn, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a schedule must know of a job."""
-
-    seed: int = 0
-    epochs: int = 1
-    batch: int = 256
-    """Records in a union batch, over all sites."""
-    standardise: bool = False
-    """Two blind sums come first, from which every site standardises its numeric columns."""
-    class_weights: bool = False
-    """Records of each class are counted over all sites before the first step."""
-    validate_every: int = 0
-    """Epochs between two evaluations on the validation records; 0 for none."""
-    keep_best: bool = False
-    """After the last evaluation on the validation records, the weights of the best one are taken again."""
-    test: bool = False
-    """Evaluate on the test records at the end."""
-    site_scores: bool = False
-    """Each site's own scores on its test records go to the server."""
-    bottom_to_everyone: bool = False
-    trunk_to_everyone: bool = False
-    rounds: int = 3
-    """Of `half_trained`: how often local training is averaged."""
-    local_epochs: int = 10
-    """Of `half_trained`: in each round."""
-    local_batch: int = 64
-    """Of `half_trained`: records of one site in a step."""
-    synchronous_epochs: int = 0
-    """Of `half_trained`: epochs of `synchronous` that follow."""
-
-
-LOCAL_HEAD = "local_head"
-"""With it a site trains its bottom by itself; no part of the network that comes out."""
-SHELF = "shelf"
-"""Where the server keeps what is released."""
-HELD = "held"
-"""The server's count over released validation records."""
-RELEASED_AT_ONCE = 4096
-"""Records of a site in one letter of a release."""
-
-
-def here(name: str) -> str:
-    """The name of a server's segment while it visits the sites."""
-    return f"{name}_here"
-
-
-def there(name: str) -> str:
-    """The name of a site's segment as the server keeps it at the end."""
-    return f"{name}_there"
-
-
-def original(name: str) -> str:
-    """The segment of which this one is a visiting or kept copy; any other is its own.
-
-    >>> original("trunk_here"), original("bottom")
-    ('trunk', 'bottom')
-    """
-    return name.removesuffix("_here").removesuffix("_there")
-
-
-def at_sites(plan: Plan) -> tuple[str, ...]:
-    """The pieces of the network of which every site has a copy."""
-    return tuple(n for n in _pieces(plan) if plan[n].laned)
-
-
-def central(plan: Plan) -> tuple[str, ...]:
-    """The pieces of the network of which there is one copy."""
-    return tuple(n for n in _pieces(plan) if not plan[n].laned)
-
-
-def _pieces(plan: Plan) -> list[str]:
-    return [n for n in plan.order("split") or () if plan[n].kind == "net"]
-
-
-# -- the schedules
+from partway.plan.phases import (
+    HELD,
+    LOCAL_HEAD,
+    SHELF,
+    Schedule,
+    Settings,
+    apart,
+    at_sites,
+    begin,
+    central,
+    end,
+    finish,
+    release,
+    together,
+    with_counts,
+)
+from partway.plan.plan import Edge, Plan, Segment, Sizes, Turn
 
 
 def synchronous(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
@@ -96,12 +30,12 @@ def synchronous(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
 
     Equals training one network on the pooled records.
     """
-    whole = _with_counts(plan, settings)
+    whole = with_counts(plan, settings)
 
     def turns(sizes: Sizes) -> tuple[Turn, ...]:
-        done = _begin(plan, settings, sizes, at_sites(plan))
-        done += _together(plan, settings, sizes, settings.epochs, done)
-        return done + _end(plan, settings, sizes, done)
+        done = begin(plan, settings, sizes, at_sites(plan))
+        done += together(plan, settings, sizes, settings.epochs, done)
+        return done + end(plan, settings, sizes, done)
 
     return whole, turns
 
@@ -116,7 +50,7 @@ def half_trained(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
     if "head" in at_sites(plan):
         raise PlanError(["half_trained: the server trains the trunk by the labels, which a U-shape keeps at the sites"])
     ((bottom,), (trunk,)) = at_sites(plan), central(plan)
-    whole = _with_counts(plan, settings)
+    whole = with_counts(plan, settings)
     segments = (
         *whole.segments,
         Segment(name=LOCAL_HEAD),
@@ -134,232 +68,14 @@ def half_trained(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
     )
 
     def turns(sizes: Sizes) -> tuple[Turn, ...]:
-        done = _begin(plan, settings, sizes, (bottom, LOCAL_HEAD))
-        done += _apart(plan, settings, sizes, (bottom, LOCAL_HEAD))
-        done += _release(plan, settings, sizes, bottom, done)
-        done += _finish(plan, settings, sizes, trunk, done)
-        done += _together(plan, settings, sizes, settings.synchronous_epochs, done)
-        return done + _end(plan, settings, sizes, done)
+        done = begin(plan, settings, sizes, (bottom, LOCAL_HEAD))
+        done += apart(plan, settings, sizes, (bottom, LOCAL_HEAD))
+        done += release(plan, settings, sizes, bottom, done)
+        done += finish(plan, settings, sizes, trunk, done)
+        done += together(plan, settings, sizes, settings.synchronous_epochs, done)
+        return done + end(plan, settings, sizes, done)
 
     return replace(whole, segments=segments, flows=flows).checked(), turns
-
-
-# -- their parts; each gets what was done before it, and goes on counting steps and epochs from there
-
-
-Turns = tuple[Turn, ...]
-
-
-def _next(done: Sequence[Turn]) -> tuple[int, int]:
-    """The step and the epoch that come after some turns."""
-    steps = sum(bool(t.train) for t in done)
-    return steps, 1 + max((t.epoch for t in done if t.train), default=-1)
-
-
-def _begin(plan: Plan, settings: Settings, sizes: Sizes, shared: Sequence[str]) -> Turns:
-    """Statistics of all sites' records, and first weights of what the sites share, from one of them."""
-    turns: list[Turn] = []
-    if settings.standardise:
-        turns += _whole(_part(plan, sizes, "train"), "train", ("sums", "squares"))
-    if settings.class_weights:
-        turns += _whole(_part(plan, sizes, "train"), "train", ("classes",))
-        if not plan[_with_loss(plan)].laned:  # the loss is the server's
-            turns += _whole({plan.sites[0]: 1}, "train", ("report_classes",))
-    first, *others = plan.sites
-    if others:
-        turns.append(Turn(gives=tuple((Copy(n, first), Copy(n, lane)) for n in shared for lane in others)))
-    return tuple(turns)
-
-
-def _together(plan: Plan, settings: Settings, sizes: Sizes, epochs: int, done: Turns) -> Turns:
-    """Epochs of union batches; the judge of their evaluations is the first site, for it sees blind sums."""
-    shared = at_sites(plan) if len(plan.sites) > 1 else ()
-    keeps = at_sites(plan) + central(plan)
-    training, (step, start) = _part(plan, sizes, "train"), _next(done)
-    turns: list[Turn] = []
-    for epoch in range(start, start + epochs):
-        for batch in union_batches(training, settings.batch, settings.seed, epoch):
-            turns.append(
-                Turn(
-                    flow="split",
-                    rows=(batch.rows,),
-                    offsets=(batch.offsets,),
-                    divisor=float(sum(batch.rows.values())),
-                    train=keeps,
-                    sums=tuple(("gradient", n) for n in shared),
-                    fresh=not turns,
-                    step=step,
-                    epoch=epoch,
-                )
-            )
-            step += 1
-        turns.append(Turn(equal=shared, account=plan.sites, step=step, epoch=epoch))
-        if settings.validate_every and (epoch + 1 - start) % settings.validate_every == 0:
-            judge = Judge(at=plan.sites[0], tally="scores", keeps=keeps) if settings.keep_best else None
-            turns += _evaluation(plan, sizes, "validation", step, epoch, judge)
-    return _judged(turns, len(done))
-
-
-def _apart(plan: Plan, settings: Settings, sizes: Sizes, train: tuple[str, ...]) -> Turns:
-    """Local epochs at every site, averaged by records a few times."""
-    training = _part(plan, sizes, "train")
-    records = sum(training.values())
-    share = {site: size / records for site, size in training.items()}
-    sums: tuple[Sum, ...] = tuple(("weights", n) for n in train) if len(plan.sites) > 1 else ()
-    turns: list[Turn] = []
-    step = epoch = 0
-    for _ in range(settings.rounds):
-        for _ in range(settings.local_epochs):
-            for batch in local_batches(training, settings.local_batch):
-                rows, offsets = (batch.rows,), (batch.offsets,)
-                local = Turn(flow="local", rows=rows, offsets=offsets, train=train, optimizer="local")
-                turns.append(replace(local, step=step, epoch=epoch))
-                step += 1
-            epoch += 1
-        averaged = Turn(sums=sums, share=share, optimizer="local", fresh=True, account=plan.sites)
-        turns.append(replace(averaged, step=step, epoch=epoch - 1))
-    return tuple(turns)
-
-
-def _release(plan: Plan, settings: Settings, sizes: Sizes, bottom: str, done: Turns) -> Turns:
-    """Every training and validation record's activations and label, once, from bottoms that are the same."""
-    step, epoch = _next(done)
-    turns = [Turn(equal=(bottom,) if len(plan.sites) > 1 else (), step=step, epoch=epoch)]
-    parts: tuple[Part, ...] = ("train", "validation") if settings.validate_every else ("train",)
-    for site in plan.sites:  # one after the other: who has released waits for nobody
-        for part in parts:
-            batches = local_batches({site: sizes[site][part]}, RELEASED_AT_ONCE)
-            rows, offsets = tuple(b.rows for b in batches), tuple(b.offsets for b in batches)
-            if rows:
-                turns.append(Turn(flow="release", rows=rows, offsets=offsets, records=part, step=step, epoch=epoch))
-        turns.append(Turn(account=(site,), step=step, epoch=epoch))
-    return tuple(turns)
-
-
-def _finish(plan: Plan, settings: Settings, sizes: Sizes, trunk: str, done: Turns) -> Turns:
-    """The server trains the trunk on what was released, and judges by the validation records among it."""
-    (step, start), records = _next(done), sum(_part(plan, sizes, "train").values())
-    held = sum(_part(plan, sizes, "validation").values()) if settings.validate_every else 0
-    turns: list[Turn] = []
-    for epoch in range(start, start + settings.epochs):
-        for begin, end in equal_parts(records, settings.batch):
-            finish = Turn(flow="finish", rows=({ONE: end - begin},), offsets=({ONE: begin},), train=(trunk,))
-            turns.append(replace(finish, step=step, epoch=epoch))
-            step += 1
-        if held and (epoch + 1 - start) % settings.validate_every == 0:
-            judge = Judge(at=plan.hub, tally=HELD, keeps=(trunk,)) if settings.keep_best else None
-            check = Turn(flow="check", rows=({ONE: held},), offsets=({ONE: 0},), records="validation", judge=judge)
-            turns.append(replace(check, step=step, epoch=epoch))
-    return _judged(turns, len(done))
-
-
-def _end(plan: Plan, settings: Settings, sizes: Sizes, done: Turns) -> Turns:
-    """The test, and what the terms hand to whom."""
-    (step, epochs), turns = _next(done), list[Turn]()
-    last = max(0, epochs - 1)
-    if settings.test:
-        turns += _evaluation(plan, sizes, "test", step, last)
-        if settings.site_scores:
-            own = {site: 1 for site in plan.sites if sizes[site]["test"]}
-            turns += _whole(own, "test", ("report_own",), step, last)
-    elif settings.trunk_to_everyone:
-        turns.append(Turn(gives=_visits(plan), step=step, epoch=last))
-    if settings.bottom_to_everyone:
-        gives = tuple((Copy(n, plan.sites[0]), Copy(there(n))) for n in at_sites(plan))
-        turns.append(Turn(gives=gives, step=step, epoch=last))
-    alone = ("finish", "check")  # what the server does by itself adds nothing to the sites' ledgers
-    if turns or not next(turn.account for turn in reversed(done) if turn.flow not in alone):
-        turns.append(Turn(account=plan.sites, step=step, epoch=last))
-    return tuple(turns)
-
-
-def _judged(turns: Sequence[Turn], start: int) -> Turns:
-    """The same turns, in which every judge knows where they end, and the last one that it is."""
-    looks = [number for number, turn in enumerate(turns) if turn.judge]
-    judged = list(turns)
-    for number in looks:
-        judge = judged[number].judge
-        assert judge is not None
-        last = number == looks[-1]
-        judged[number] = replace(judged[number], judge=replace(judge, to=start + len(turns), last=last))
-    return tuple(judged)
-
-
-def _part(plan: Plan, sizes: Sizes, part: Part) -> dict[str, int]:
-    return {site: sizes[site][part] for site in plan.sites}
-
-
-def _whole(rows: Mapping[str, int], part: Part, flows: Sequence[str], step: int = 0, epoch: int = 0) -> Iterator[Turn]:
-    """One turn for each flow, over all the records of a part, each tally that it fills summed."""
-    for flow in flows:
-        sums: tuple[Sum, ...] = (("tally", flow),) if flow in TALLIES else ()
-        offsets = (dict.fromkeys(rows, 0),)
-        yield Turn(flow=flow, rows=(rows,), offsets=offsets, records=part, sums=sums, step=step, epoch=epoch)
-
-
-def _evaluation(
-    plan: Plan, sizes: Sizes, part: Part, step: int, epoch: int, judge: Judge | None = None
-) -> Iterator[Turn]:
-    """The trunk travels to the sites, which count; the first of them tells the server what the sums say."""
-    yield Turn(gives=_visits(plan), step=step, epoch=epoch)
-    yield from _whole(_part(plan, sizes, part), part, ("scores",), step, epoch)
-    for report in _whole({plan.sites[0]: 1}, part, ("report",), step, epoch):
-        yield replace(report, judge=judge)
-
-
-def _visits(plan: Plan) -> tuple[tuple[Copy, Copy], ...]:
-    return tuple((Copy(n), Copy(here(n), lane)) for n in central(plan) for lane in plan.sites)
-
-
-TALLIES = ("sums", "squares", "classes", "scores")
-"""What is counted at the sites and summed, each by the flow of its name: for standardisation and class weights, and
-confusion counts."""
-
-
-def _with_loss(plan: Plan) -> str:
-    """The piece that has the loss."""
-    return next(e.target for e in plan.edges("split") if e.kind == "labels")
-
-
-def _with_counts(plan: Plan, settings: Settings) -> Plan:
-    """The plan with the flows that stand around training: statistics before it, evaluation and result after."""
-    visiting = {name: here(name) for name in central(plan)}
-    split = plan.edges("split")
-    last = _with_loss(plan)
-    kept = at_sites(plan) if settings.bottom_to_everyone else ()
-
-    def at_home(edge: Edge) -> Edge:
-        source, target = (visiting.get(name, name) for name in (edge.source, edge.target))
-        return Edge(source, target, edge.kind, gradient=False)
-
-    def counted(name: str) -> tuple[Edge, ...]:
-        return Edge("data", name, gradient=False), Edge("data", name, "labels", gradient=False)
-
-    segments = (
-        *plan.segments,
-        *(Segment(name=here(n)) for n in central(plan)),
-        *(Segment(name=there(n), at=plan.hub) for n in kept),
-        *(Segment(name=n, kind="tally") for n in (*TALLIES, "own_scores")),
-        Segment(name="board", at=plan.hub, kind="store"),
-    )
-    flows = (
-        *plan.flows,
-        ("sums", counted("sums")),
-        ("squares", counted("squares")),
-        ("classes", counted("classes")),
-        (
-            "scores",
-            (
-                *(at_home(e) for e in split if e.kind == "activations"),
-                Edge(visiting.get(last, last), "scores", gradient=False),
-                Edge("data", "scores", "labels", gradient=False),
-            ),
-        ),
-        ("report", (Edge("scores", "board", "scores", gradient=False),)),
-        ("report_classes", (Edge("classes", "board", "scores", gradient=False),)),
-        ("report_own", (Edge("own_scores", "board", "scores", gradient=False),)),
-    )
-    return replace(plan, segments=segments, flows=flows).checked()
 
 
 SCHEDULES = {"synchronous": synchronous, "half_trained": half_trained}

@@ -18,8 +18,8 @@ from typing import NamedTuple, cast
 import msgspec
 
 from partway.errors import JobFailed, PeerError
+from partway.plan.phases import Schedule
 from partway.plan.plan import Plan, Sizes, Turn
-from partway.plan.schedules import Schedule
 from partway.protocol.messages import Bye, Counts, Fail, GroupKey, Head, Hello, Letter, Message, Ready, Reason
 from partway.protocol.net import Net, Task, compile
 from partway.protocol.step import ALREADY, NOT_YET, Notice, Step, route

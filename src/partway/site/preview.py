@@ -18,8 +18,8 @@ from partway.data import table
 from partway.data.records import Records, statistics_of
 from partway.data.schema import columns_of
 from partway.model.segment import Segment
+from partway.plan.phases import Schedule, original
 from partway.plan.plan import Plan, Turn
-from partway.plan.schedules import Schedule, original
 from partway.policy import judge_job, judge_turns
 from partway.protocol.messages import LetterKind, Post, Reason
 from partway.protocol.net import Route, Task, compile
