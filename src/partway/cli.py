@@ -240,7 +240,7 @@ def job_sign(
     signed = pki.sign_job(pki.Identity.load(identity), text, schema or b"")
     from partway.assembly import network_of, schema_of
 
-    network_of(parsed, Policy(networks=[parsed.network.build], most_parameters=2**31 - 1), schema_of(parsed))
+    network_of(parsed, Policy(networks=list(parsed.builds), most_parameters=2**31 - 1), schema_of(parsed))
     path = file.with_suffix(".signed")
     path.write_bytes(signed)
     _show({"signed": str(path)}, json, f"Signed: {path}")

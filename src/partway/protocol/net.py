@@ -86,6 +86,7 @@ class Shape(NamedTuple):
     sums: tuple[tuple[str, str], ...]
     gives: tuple[tuple[Copy, Copy], ...]
     equal: tuple[str, ...]
+    alike: tuple[str, ...]
     judge: tuple[str, tuple[str, ...]] | None
     """Who judges, and the segments that are kept."""
     account: tuple[str, ...]
@@ -94,7 +95,7 @@ class Shape(NamedTuple):
 def shape(turn: Turn) -> Shape:
     live = tuple(tuple(lane for lane, n in rows.items() if n) for rows in turn.rows)
     judge = (turn.judge.at, turn.judge.keeps) if turn.judge else None
-    return Shape(turn.flow, live, turn.train, turn.sums, turn.gives, turn.equal, judge, turn.account)
+    return Shape(turn.flow, live, turn.train, turn.sums, turn.gives, turn.equal, turn.alike, judge, turn.account)
 
 
 def compile(plan: Plan, turn: Turn) -> Net:
@@ -238,12 +239,14 @@ class _Compiler:
 
     def tell_all(self) -> None:
         """Digests of copies that must be equal, to each other copy; heads of ledgers, to the hub."""
-        for name in self.turn.equal:
-            for copy in self.plan.copies(name):
+        groups = [self.plan.copies(name) for name in self.turn.equal]
+        groups += [tuple(c for name in self.turn.alike for c in self.plan.copies(name))]
+        for group in groups:
+            for copy in group:
                 self.task("attest", copy, self.plan.place(copy))
-            for copy in self.plan.copies(name):
+            for copy in group:
                 compare = self.task("compare", copy, self.plan.place(copy), needs=[Task("attest", copy)])
-                for other in self.plan.copies(name):
+                for other in group:
                     if other != copy:
                         self.tell(Task("attest", other), LetterKind.EQUAL, other, copy, compare)
         for party in self.turn.account:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from partway import __version__, pki
-from partway.assembly import Assembled, Place, assemble, result_of, schema_of
+from partway.assembly import Assembled, Place, assemble, result_of, schemas_of
 from partway.config import Job, Server, read_job
 from partway.data.schema import columns_of
 from partway.data.table import mismatch
@@ -228,7 +228,7 @@ class Coordinator:
             device=self.settings.device,
         )
         roster = {**job.roster, identity.name: identity.fingerprint}
-        schema = schema_of(job)
+        schema = schemas_of(job, identity.name)
         assembled = assemble(
             job, submitted.digest, submitted.operator, roster, identity.name, place, schema, pki.signed_by
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partway import __version__, pki
-from partway.assembly import Assembled, Place, assemble, result_of, schema_of
+from partway.assembly import Assembled, Place, assemble, result_of, schemas_of
 from partway.config import Site, read_job
 from partway.data import table
 from partway.egress import Tap
@@ -199,7 +199,7 @@ class Agent:
                 on_release=lambda: self._releases.note(name, digest),
             )
             roster = {**job.roster, server: subject.fingerprint}
-            schema = schema_of(job)
+            schema = schemas_of(job, server)
             assembled = assemble(job, digest, opened.operator.name, roster, server, place, schema, pki.signed_by)
         except PartwayError as error:
             self._fails(name, folder, error)
