@@ -279,6 +279,8 @@ class SchemaHeader(Settings, frozen=True, kw_only=True):
     """A label means what its first letters mean."""
     site: ColumnName | None = None
     """The column that says the site, where one file has several sites' records."""
+    id: ColumnName | None = None
+    """The column by which parties that hold different columns match their records; without it, rows go by number."""
 
 
 class Columns(Settings, frozen=True, kw_only=True):
@@ -401,6 +403,9 @@ class Connection(Settings, frozen=True, kw_only=True):
     """Relative to the site file. A CSV file has a header and commas, and may be compressed (`.gz`)."""
     site: Name | None = None
     """Only this site's rows are read, by the schema's site column; without it all are."""
+    ids: str = ""
+    """A file of the agreed ids, one a line, relative to the site file: where other parties hold other columns of the
+    same patients. Without it, all ids of this file count, sorted."""
     units: dict[str, str] = {}
     """By column, the unit in this file, where the schema's must be confirmed."""
 
@@ -426,7 +431,8 @@ class Site(Settings, frozen=True, kw_only=True):
     """A hospital's own file; the server never sees it."""
 
     site: SiteHeader
-    data: Connection
+    data: Connection | None = None
+    """None at a party that only runs layers."""
     policy: Policy
 
 
@@ -451,6 +457,8 @@ class Server(Settings, frozen=True, kw_only=True):
     """The server's own file."""
 
     server: ServerHeader = field(default_factory=ServerHeader)
+    data: Connection | None = None
+    """Where the server holds labels or columns."""
     policy: Policy
 
 

@@ -100,7 +100,8 @@ def part_of(columns: Columns, held: Held) -> Columns:
     for name in held.columns:
         if name not in columns.columns:
             raise ConfigError(f"[holds] names the column `{name}`, which is not in the schema {columns.schema.name}")
-    return msgspec.structs.replace(columns, columns={name: columns.columns[name] for name in held.columns})
+    own = {name: columns.columns[name] for name in held.columns}
+    return msgspec.structs.replace(columns, columns=own)
 
 
 def features_of(columns: Columns, scale: Scale) -> list[Feature]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from partway import __version__, pki
 from partway.assembly import Assembled, Place, assemble, result_of, schemas_of
 from partway.config import Site, read_job
-from partway.data import table
+from partway.data import matched, table
 from partway.egress import Tap
 from partway.errors import DataError, JobFailed, LinkLost, PartwayError, Refused, TrustError, UsageError
 from partway.party import Out
@@ -83,7 +83,8 @@ class Agent:
             held = f"the certificate is that of {subject.name}, {subject.role}"
             raise TrustError(f"{held}; the site file says {self.settings.name}")
         self._secret = own_secret(home / self.settings.identity)
-        table.load(home / site.data.path, site.data.connector)  # whether it fits, a job's schema says
+        if site.data is not None:
+            table.load(home / site.data.path, site.data.connector)  # whether it fits, a job's schema says
         self._releases = Releases(home / self.settings.folder)
         self._running: Assembled | None = None
         """The job that runs."""
@@ -191,7 +192,7 @@ class Agent:
                 identity=self.identity,
                 policy=self._policy,
                 secret=self._secret,
-                records=table.read(self._data, self._home, job),
+                records=matched.read(self._data, self._home, job, self.identity.name),
                 folder=folder,
                 device=self.settings.device,
                 tap=self._tap,

@@ -15,7 +15,7 @@ from partway import pki
 from partway.assembly import Parts, network_of, optimizers_of, plan_of, schema_of, shapes_of
 from partway.blueprint import DTYPES
 from partway.config import Job, Site, contents, read_job, read_job_file
-from partway.data import table
+from partway.data import matched
 from partway.data.records import Records, statistics_of
 from partway.data.schema import columns_of
 from partway.model.segment import Segment
@@ -99,9 +99,10 @@ def preview(site: Site, home: Path, job_file: Path) -> Preview:
     turns = _turns(me, plan, schedule)
     released = Releases(home / site.site.folder).count
     found.objections += [o.words for o in judge_turns(policy, me, shapes, turns, released)]
-    records = table.read(site.data, home, job)
-    found.records = records.sizes
-    found.leaves = list(_leaves(me, job, plan, shapes, network, turns, records))
+    records = matched.read(site.data, home, job, me)
+    if records is not None:
+        found.records = records.sizes
+        found.leaves = list(_leaves(me, job, plan, shapes, network, turns, records))
     return found
 
 
