@@ -24,8 +24,10 @@ from partway.model.recipe import build
 from partway.model.segment import Segment, has_batchnorm, initialise
 from partway.party import Identity, Party
 from partway.plan.configurations import CONFIGURATIONS
+from partway.plan.options import Options, with_options
 from partway.plan.phases import HELD, LOCAL_HEAD, SHELF, Schedule, Settings, at_sites, central, original
 from partway.plan.plan import Optimizing, Plan, Sizes, Turn
+from partway.plan.rate import Rate
 from partway.plan.schedules import SCHEDULES
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
 from partway.protocol.messages import Reason
@@ -42,6 +44,8 @@ from partway.train.tallies import FIGURES, Classes, Evaluation, Moments, Squares
 from partway.train.worker import Loss, Tally, Worker
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+HALF = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What `torch.autocast` is set to."""
 
 
 def schema_of(job: Job) -> Schema:
@@ -70,8 +74,14 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         local_batch=training.half_trained.batch,
         synchronous_epochs=training.half_trained.synchronous_epochs,
     )
-    plan = CONFIGURATIONS[job.configuration](job.sites, server)
-    return SCHEDULES[training.schedule](plan, settings)
+    options = Options(
+        rate=Rate(**msgspec.structs.asdict(training.rate)),
+        clip=training.clip_norm,
+        micro_batch=training.micro_batch,
+        scaled=training.precision == "float16",
+    )
+    plan, schedule = SCHEDULES[training.schedule](CONFIGURATIONS[job.configuration](job.sites, server), settings)
+    return plan, with_options(plan, schedule, options)
 
 
 def optimizer_of(settings: Optimizer) -> OptimizerOf:
@@ -136,12 +146,12 @@ def network_of(job: Job, policy: Policy, schema: Schema) -> Network:
     generator = torch.Generator().manual_seed(0)
     parts = cut(whole, torch.randn(4, *schema.shape, generator=generator), terms.cut)
     modules = dict(zip(names, parts, strict=True))
-    pieces, tensor = {}, example[:1]
+    pieces, tensor, half = {}, example[:1], HALF[job.training.precision]
     for number, (name, module) in enumerate(modules.items()):
-        pieces[name], output = measure(module, tensor, first=number == 0)
+        pieces[name], output = measure(module, tensor, first=number == 0, half=half)
         if job.training.schedule == "half_trained" and number == 0:
             head = local_head(output.shape[1:], schema.classes, job.training.half_trained.local_head == "hidden")
-            pieces[LOCAL_HEAD], _ = measure(head.to(output.dtype), output, first=False)
+            pieces[LOCAL_HEAD], _ = measure(head.to(example.dtype), output, first=False, half=half)
         tensor = output
     if LOCAL_HEAD in pieces:
         modules[LOCAL_HEAD] = head
@@ -239,7 +249,7 @@ def assemble(
     torch.set_num_threads(job.training.threads)
     plan, schedule = plan_of(job, server)
     network = network_of(job, policy, schema)
-    _refuse_batchnorm(me, plan, network)
+    _refuse_batchnorm(me, job, plan, network)
     shapes, dtype, device = shapes_of(job, plan, network, schema), DTYPES[job.training.dtype], device_of(place.device)
     segments = {}
     for copy in plan.placed(me):
@@ -268,6 +278,7 @@ def assemble(
         reports={"scores": evaluation.report_all, "own_scores": evaluation.report_own, "classes": classes.report},
         account=door.account,
         draws=lambda turn, m, copy: forward_seed(secret, digest, turn, m, copy),
+        half=HALF[job.training.precision],
         device=device,
     )
 
@@ -312,9 +323,14 @@ def _tallies(source: RecordSource | None, evaluation: Evaluation, classes: Class
     return {"sums": moments, "squares": Squares(source, moments), "classes": classes, "scores": evaluation}
 
 
-def _refuse_batchnorm(me: str, plan: Plan, network: Network) -> None:
+def _refuse_batchnorm(me: str, job: Job, plan: Plan, network: Network) -> None:
     for name, module in network.modules.items():
-        if plan[name].laned and len(plan.sites) > 1 and (found := has_batchnorm(module)):
+        if not (found := has_batchnorm(module)):
+            continue
+        if job.training.micro_batch:
+            words = f"the {name} has BatchNorm at {found}, whose statistics differ in each micro-batch; use GroupNorm"
+            refuse(me, [Objection(Reason.BATCHNORM, words)])
+        if plan[name].laned and len(plan.sites) > 1:
             words = f"the {name} has BatchNorm at {found}, whose statistics differ at each site; use GroupNorm"
             refuse(me, [Objection(Reason.BATCHNORM, words)])
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from partway import pki
-from partway.assembly import DTYPES, Network, network_of, optimizers_of, plan_of, schema_of, shapes_of
+from partway.assembly import DTYPES, HALF, Network, network_of, optimizers_of, plan_of, schema_of, shapes_of
 from partway.config import Job, Site, contents, read_job, read_job_file
 from partway.data import table
 from partway.data.records import Records, statistics_of
@@ -137,6 +137,8 @@ def _what(post: Post) -> str:
     kind = post.kind.name.lower()
     if post.kind is LetterKind.ACCOUNT:
         return "the head of the ledger"
+    if post.kind is LetterKind.SQUARE:
+        return "the square of a gradient's norm"
     if post.kind in (LetterKind.SHARE, LetterKind.STATE, LetterKind.EQUAL):
         return f"{kind} of {post.source.segment}"
     return f"{kind} ({post.source.segment} -> {post.target.segment})"
@@ -165,7 +167,9 @@ def _values(
             return scaled[first], records.labels[first]
 
     segments = {c: Segment(network.modules[original(c.segment)], dtype) for c in plan.placed(me)}
-    worker = Worker(plan, shapes, segments, optimizers=optimizers_of(job), source=OneRecord())
+    worker = Worker(
+        plan, shapes, segments, optimizers=optimizers_of(job), source=OneRecord(), half=HALF[job.training.precision]
+    )
     net = compile(plan, turn)
     worker.begin(0, turn, net)
     for task in net.tasks:
