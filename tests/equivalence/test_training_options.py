@@ -16,13 +16,14 @@ from torch.optim import lr_scheduler as torch_rates
 
 from federations import SITES, SIZES, bits, difference, job_of, records_of, small
 from federations import pooled as as_planned
-from partway.assembly import forecast_of
 from partway.equality import _Plain
 from partway.errors import ConfigError, JobFailed, PeerError, Refused
 from partway.model.segment import initialise
+from partway.plan import configurations as configurations_of
 from partway.plan import schedules
+from partway.plan.configurations import vanilla
 from partway.plan.phases import Schedule, Settings
-from partway.plan.plan import Copy, Plan, Turn
+from partway.plan.plan import EACH, Copy, Plan, Turn
 from partway.plan.rate import Rate, factor
 from partway.policy import others
 from partway.protocol.messages import LetterKind, Post
@@ -313,6 +314,63 @@ def test_of_private_copies_each_tells_its_squares(monkeypatch: pytest.MonkeyPatc
     assert loop(of_each) > 1e-5
 
 
+@pytest.mark.parametrize("precision", ["full", "float16"])
+def test_lanes_that_nothing_joins_have_a_norm_each(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bottom and a trunk a site, all trunks at the server: each pair is clipped, and skips, by itself."""
+
+    def a_trunk_a_site(sites: Sequence[str], server: str = "server") -> Plan:
+        plan = vanilla(sites, server)
+        return replace(plan, segments=tuple(replace(s, copies=EACH) if s.name == "trunk" else s for s in plan.segments))
+
+    def apart(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
+        whole, schedule = private(plan, settings)
+        return whole, lambda sizes: tuple(replace(t, divisor=None) if t.train else t for t in schedule(sizes))
+
+    monkeypatch.setitem(configurations_of.CONFIGURATIONS, "vanilla", a_trunk_a_site)
+    monkeypatch.setitem(schedules.SCHEDULES, "synchronous", apart)
+    half = torch.float16 if precision == "float16" else None
+    records = {site: records_of(site, n) for site, n in SIZES.items()}
+    records["b"].features.mul_(300.0 if half else 1.0)
+    training = {"clip_norm": 0.2, "optimizer": OPTIMIZERS["adam"], "epochs": 3, "precision": precision}
+    job = job_of({"evaluation": {"trunk_travels": False}}, dtype="float32" if half else "float64", **training)
+    whole = federation(job, records)
+    whole.run()
+
+    copies = {c: s for a in whole.parties.values() for c, s in a.party.worker.segments.items()}
+    scales = {lane: scale.value for (_, lane), scale in whole.parties["server"].party.worker._scales.items()}
+
+    def loop(clip: bool) -> float:
+        plain, worst = unsplit(whole), 0.0
+        initialise(plain.network.modules["trunk"], first_weights(whole.secrets["server"], whole.digest, "trunk"))
+        for site in SITES:
+            network = deepcopy(plain.network.whole)
+            made, scaler = MAKE["adam"](list(network.parameters())), torch.amp.GradScaler("cpu", enabled=bool(half))
+            for turn in (turn for turn in turns_of(whole) if turn.train and turn.rows[0][site]):
+                where = slice(turn.offsets[0][site], turn.offsets[0][site] + turn.rows[0][site])
+                x, y = plain.rows(site, "train", turn.epoch)
+                made.zero_grad()
+                with torch.autocast("cpu", half, enabled=bool(half)):
+                    out = network(x[where])
+                scaler.scale(nn.functional.cross_entropy(out.to(x.dtype), y[where])).backward()
+                scaler.unscale_(made)
+                if clip:
+                    nn.utils.clip_grad_norm_(network.parameters(), 0.2)
+                scaler.step(made)
+                scaler.update()
+            flat = nn.utils.parameters_to_vector(network.parameters()).detach()  # bottom, then trunk
+            own = torch.cat([copies[Copy("bottom", site)].weights(), copies[Copy("trunk", site)].weights()])
+            worst = max(worst, float((own - flat).abs().max()))
+            if half:
+                assert scales[site] == scaler.get_scale()
+        return worst
+
+    assert loop(clip=True) < (1e-6 if half else 1e-10)
+    if half:
+        assert scales["b"] < min(scale for site, scale in scales.items() if site != "b")
+    else:
+        assert loop(clip=False) > 1e-4
+
+
 # -- micro-batches
 
 
@@ -437,20 +495,15 @@ def test_weight_decay(configuration: str, optimizer: str) -> None:
     assert difference(whole, without) > 1e-4
 
 
-@pytest.mark.parametrize(
-    "training", [{"clip_norm": 0.2}, {"precision": "float16", "dtype": "float32"}, {"micro_batch": 5}]
-)
-def test_the_forecast_is_what_was_spent(training: dict[str, Any]) -> None:
-    """To the byte. How often a party waits is forecast as if micro-batches followed each other without a gap."""
-    whole = ran(**training)
-    counts = {site: records_of(site, n).sizes for site, n in SIZES.items()}
-    forecast = forecast_of(whole.job, records_of("a", 1).schema, counts)
-    for party, cost in forecast.items():
-        spent = whole.parties[party].party.cost
-        assert (cost.flops, cost.bytes_up, cost.bytes_down) == (spent.flops, spent.bytes_up, spent.bytes_down)
-        assert cost.exchanges == spent.exchanges or party == "server" or "micro_batch" in training
-    without = forecast_of(job_of(), records_of("a", 1).schema, counts)
-    assert "micro_batch" in training or without["a"].bytes_up != forecast["a"].bytes_up
+def test_ledgers_say_how_many_squares_and_norms_left() -> None:
+    whole = ran(clip_norm=0.2)
+    steps = len([turn for turn in turns_of(whole) if turn.train])
+    left = {
+        party: {edge: count.frames for edge, count in a.ledger.totals.items()} for party, a in whole.parties.items()
+    }
+    assert left["a"]["SQUARE a -> server", "server"] == steps
+    assert [left["server"]["NORM server -> " + site, site] for site in SITES] == [steps] * 5
+    assert not any(edge.startswith("SQUARE") for edge, _ in left["b"])
 
 
 # -- mixed precision
@@ -572,6 +625,18 @@ def moves_of(worker: Worker) -> list[bool]:
 
     worker._update = watched  # type: ignore[method-assign]
     return moved
+
+
+def test_who_has_no_records_in_a_step_knows_its_outcome_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Private heads, each with a loss of its own: they must have one scale, for one trunk gets all their gradients."""
+    monkeypatch.setitem(schedules.SCHEDULES, "synchronous", private)
+    records = {site: records_of(site, n) for site, n in SIZES.items()}
+    records["b"].features.mul_(300.0)
+    whole = federation(job_of(dtype="float32", precision="float16", configuration="u_shaped"), records)
+    whole.run()
+    assert any(not rows["c"] for turn in turns_of(whole) if turn.train for rows in turn.rows)
+    (scale,) = {scale_of(whole, party) for party in whole.parties}
+    assert scale < 65536
 
 
 def test_an_overflow_lays_no_other_site_s_share_open() -> None:
