@@ -311,6 +311,17 @@ def test_preview(type_: Type) -> None:
     assert code == 2
 
 
+def test_a_preview_of_half_precision_and_clipping(type_: Type) -> None:
+    type_("data records")
+    training = {"epochs": 1, "batch": 4096, "precision": "bfloat16", "clip_norm": 1.0}
+    Path("job.toml").write_text(toml(JOB | {"training": training}))
+    Path("site.toml").write_text(toml(SITE | {"site": SITE["site"] | {"name": "a"}}))
+    code, out, err = type_("site preview site.toml job.toml")
+    assert (code, err) == (0, "")
+    assert "activations (bottom -> trunk) to server, in the clear for the receiver: 1 x 16 bytes" in out
+    assert "the square of a gradient's norm to server, in the clear for the receiver: 1 x 8 bytes" in out
+
+
 def test_a_preview_counts_releases_in_jobs_before(type_: Type) -> None:
     type_("data records")
     half = {"schedule": "half_trained", "epochs": 1, "half_trained": {"rounds": 1, "local_epochs": 1}}

@@ -200,6 +200,8 @@ def test_the_server_holds_every_site_s_last_head(tmp_path: Path) -> None:
         {"configuration": "vanilla"},
         {"configuration": "u_shaped"},
         {"schedule": "half_trained", "half_trained": {"rounds": 2, "local_epochs": 2, "synchronous_epochs": 1}},
+        {"clip_norm": 0.2, "micro_batch": 5},
+        {"precision": "float16", "dtype": "float32"},
     ],
 )
 def test_cost_is_forecast_to_the_byte_and_counted(tmp_path: Path, training: dict[str, Any]) -> None:

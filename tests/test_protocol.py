@@ -21,6 +21,7 @@ from partway.plan.configurations import (
     vanilla,
     vertical,
 )
+from partway.plan.options import Options, with_options
 from partway.plan.phases import Schedule, Settings
 from partway.plan.plan import Copy, Edge, Plan, Segment, Sizes, Turn
 from partway.plan.schedules import every_party, half_trained, synchronous
@@ -39,7 +40,7 @@ from partway.protocol.messages import (
     Ready,
     Reason,
 )
-from partway.protocol.net import Task, compile
+from partway.protocol.net import Task, compile, shape
 from partway.protocol.session import TABLE, Derive, Do, Send, Session, State, agreement
 from partway.protocol.step import NOT_YET, Notice, Step
 
@@ -67,6 +68,17 @@ def relay_of_labels() -> tuple[Plan, Schedule]:
     return plan.checked(), lambda _: tuple(Turn(flow="release", rows=rows, offsets=rows, step=n) for n in range(5))
 
 
+def optioned(made: tuple[Plan, Schedule], private: bool = False, **options: object) -> tuple[Plan, Schedule]:
+    """A schedule with options of training; `private`: no gradients are summed."""
+    plan, schedule = made
+    written = with_options(plan, schedule, Options(**options))
+
+    def turns(sizes: Sizes) -> tuple[Turn, ...]:
+        return tuple(replace(t, sums=()) if private and t.train else t for t in written(sizes))
+
+    return plan, turns
+
+
 CASES = {
     "vanilla": lambda: synchronous(vanilla(SITES), EVERYTHING),
     "u_shaped": lambda: synchronous(u_shaped(SITES), EVERYTHING),
@@ -79,6 +91,12 @@ CASES = {
     "extended_vanilla": lambda: every_party(extended_vanilla(SITES[:2], "c", "a"), LOOKS),
     "multi_task": lambda: every_party(multi_task(SITES[:2], {"one": "a", "other": "c", "third": "server"}), LOOKS),
     "multi_hop": lambda: every_party(multi_hop(SITES[:2], "c"), LOOKS),
+    "clipped": lambda: optioned(synchronous(u_shaped(SITES), EVERYTHING), clip=1.0, micro_batch=3),
+    "clipped apart": lambda: optioned(half_trained(vanilla(SITES), HALF), clip=1.0, micro_batch=3),
+    "scaled": lambda: optioned(half_trained(vanilla(SITES), HALF), scaled=True),
+    "private": lambda: optioned(synchronous(u_shaped(SITES), EVERYTHING), private=True, clip=1.0, micro_batch=3),
+    "private scaled": lambda: optioned(synchronous(vanilla(SITES), EVERYTHING), private=True, scaled=True),
+    "vertical clipped": lambda: optioned(every_party(vertical(SITES, "b"), LOOKS), clip=1.0, micro_batch=2),
 }
 cases = pytest.mark.parametrize("case", CASES)
 
@@ -343,6 +361,30 @@ def may_come_first(plan: Plan, turn: Turn, me: str, sender: str, post: Post) -> 
         return here and (plan.place(source), plan.place(target)) == (sender, me) and not needs_me(source, m)
     if m:
         return False
+    if kind in (LetterKind.SQUARE, LetterKind.NORM):
+        summed = {name for what, name in turn.sums if what == "gradient"}
+        joined = bool(summed) or not all(plan[name].laned for name in turn.train)
+        held = [c for name in turn.train for c in plan.copies(name)]
+        moved = [c for c in held if c.segment in summed or any(alive(c, n) for n in range(len(turn.rows)))]
+        lane = "" if joined else (target if kind is LetterKind.SQUARE else source).lane
+        group = [c for c in (held if turn.scaled and joined else moved) if joined or c.lane == lane]
+        places = {plan.place(c) for c in group}
+        norm = Copy(places.pop() if len(places) == 1 else plan.hub, lane)
+        telling = [c for c in moved if turn.scaled or c.segment not in summed or c.lane == plan.sites[0]]
+
+        def waits(c: Copy) -> bool:  # every party has a part in a sum
+            return c.segment in summed or any(returns_through_me(c, n) for n in range(len(turn.rows)) if alive(c, n))
+
+        def units(copies: list[Copy]) -> set[Copy]:
+            return {Copy(plan.place(c), c.lane) for c in copies}
+
+        if not turn.clip or not turn.train:
+            return False
+        if kind is LetterKind.SQUARE:
+            drawn = (sender, me, target) == (source.segment, norm.segment, norm) and source in units(telling)
+            return drawn and not any(waits(c) for c in moved if source in units([c]))
+        drawn = (sender, source, me) == (norm.segment, norm, target.segment) and target in units(group)
+        return drawn and not any(waits(c) for c in moved if c in group and units([c]) <= units(telling))
     if kind is LetterKind.SHARE and me == plan.hub:
         what = [w for w, name in turn.sums if name == source.segment and target == Copy(name)]
         if not what or source.lane not in plan.lanes(source.segment) or plan.place(source) != sender:
@@ -373,9 +415,12 @@ def test_first_letters_are_judged_as_by_a_second_reading_of_the_plan(case: str) 
     plan, schedule = CASES[case]()
     turns = schedule(sizes_of(plan))
     legal = seen = 0
-    for turn in {
-        (t.flow, t.sums, len(t.gives), t.equal, len(t.rows), bool(t.judge), t.account): t for t in turns
-    }.values():
+    first = set[LetterKind]()
+    kinds = {
+        (t.flow, t.sums, len(t.gives), t.equal, len(t.rows), bool(t.judge), t.account, t.scaled and shape(t).live): t
+        for t in turns
+    }
+    for turn in kinds.values():
         net = compile(plan, turn)
         things = {x for post in net.letters for x in (post.source, post.target)}
         things |= {c for s in plan.segments for c in plan.copies(s.name)} | {Copy("nobody"), Copy("")}
@@ -390,20 +435,27 @@ def test_first_letters_are_judged_as_by_a_second_reading_of_the_plan(case: str) 
                 else:
                     assert expected, (me, sender, post)
                     legal += 1
+                    first.add(post.kind)
                 seen += 1
     assert 0 < legal < seen
+    if case == "private scaled":  # who has no records hears the norm all the same
+        assert LetterKind.NORM in first
 
 
 def test_who_hears_what_can_be_read_off_the_net() -> None:
     def kinds(case: str) -> set[LetterKind]:
         plan, schedule = CASES[case]()
-        sizes = {site: msgspec.structs.asdict(counts) for site, counts in RECORDS.items()}
-        return {post.kind for turn in schedule(sizes) for post in compile(plan, turn).letters}
+        return {post.kind for turn in schedule(sizes_of(plan)) for post in compile(plan, turn).letters}
 
     assert LetterKind.LABELS in kinds("vanilla")
     assert LetterKind.LABELS not in kinds("u_shaped")
     assert LetterKind.GRADIENT in kinds("vanilla") & kinds("u_shaped")
     assert kinds("relay") == {LetterKind.ACTIVATIONS, LetterKind.TICK}
+    norms = {LetterKind.SQUARE, LetterKind.NORM}
+    assert all(
+        (norms <= kinds(case)) == case.startswith(("clipped", "scaled", "private", "vertical clipped"))
+        for case in CASES
+    )
 
 
 def test_who_hears_nothing_back_gets_a_tick_and_cannot_run_ahead() -> None:

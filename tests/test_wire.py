@@ -98,6 +98,8 @@ def test_kinds_and_reasons_keep_their_numbers() -> None:
         "ACCOUNT",
         "TICK",
         "VERDICT",
+        "SQUARE",
+        "NORM",
     )
     assert [(k.name, int(k)) for k in LetterKind] == [(name, n) for n, name in enumerate(kinds, 1)]
     of_a_party = ("STOPPED", "PEER", "LOST", "DATA", "FAULT")

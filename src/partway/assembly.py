@@ -22,8 +22,10 @@ from partway.ledger import Ledger
 from partway.model.head import local_head
 from partway.model.segment import Segment, has_batchnorm, initialise
 from partway.party import Identity, Party
+from partway.plan.options import Options, with_options
 from partway.plan.phases import HELD, LOCAL_HEAD, SHELF, Schedule, Settings, at_sites, central, original
 from partway.plan.plan import Optimizing, Plan, Sizes, Turn
+from partway.plan.rate import Rate
 from partway.plan.schedules import SCHEDULES, every_party
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
 from partway.protocol.messages import Reason
@@ -38,6 +40,9 @@ from partway.train.source import RecordSource, Shelf
 from partway.train.stopping import Best
 from partway.train.tallies import FIGURES, Classes, Evaluation, Moments, Squares, read_figures
 from partway.train.worker import Loss, Tally, Worker
+
+HALF = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What `torch.autocast` is set to."""
 
 
 def schema_of(job: Job) -> Schema:
@@ -75,8 +80,15 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         local_batch=training.half_trained.batch,
         synchronous_epochs=training.half_trained.synchronous_epochs,
     )
+    options = Options(
+        rate=Rate(**msgspec.structs.asdict(training.rate)),
+        clip=training.clip_norm,
+        micro_batch=training.micro_batch,
+        scaled=training.precision == "float16",
+    )
     plan = configured(job, server)
-    return SCHEDULES[training.schedule](plan, settings) if plan.sites else every_party(plan, settings)
+    plan, schedule = SCHEDULES[training.schedule](plan, settings) if plan.sites else every_party(plan, settings)
+    return plan, with_options(plan, schedule, options)
 
 
 def optimizer_of(settings: Optimizer) -> OptimizerOf:
@@ -123,17 +135,17 @@ def network_of(job: Job, policy: Policy, schema: Schema | Schemas, server: str =
         if width != (classes,):
             what = f"[networks.{loss}]" if network.separate else f"[network] {job.builds[0]}"
             raise ConfigError(f"{what} puts out {width} numbers a record; the records have {classes} classes")
-    pieces = {}
+    pieces, half = {}, HALF[job.training.precision]
     for name, module in network.modules.items():
         example = example_of(plan, schemas, network.outputs, name, dtype)
         onto_data = all(plan[e.source].kind == "records" for e in plan.edges("split") if e.target == name)
-        pieces[name], _ = measure(module, example, first=onto_data)
+        pieces[name], _ = measure(module, example, first=onto_data, half=half)
     if job.training.schedule == "half_trained" and plan.sites:
         ((bottom,), (loss,)) = at_sites(plan), plan.losses
         output = network.outputs[bottom]
         classes = classes_of(plan, schemas, loss)
         head = local_head(output.shape[1:], classes, job.training.half_trained.local_head == "hidden")
-        pieces[LOCAL_HEAD], _ = measure(head.to(dtype), output, first=False)
+        pieces[LOCAL_HEAD], _ = measure(head.to(dtype), output, first=False, half=half)
         network.modules[LOCAL_HEAD] = head
     return Parts(**vars(network), pieces=pieces)
 
@@ -242,7 +254,7 @@ def assemble(
     torch.set_num_threads(job.training.threads)
     plan, schedule = plan_of(job, server)
     network = network_of(job, policy, schema, server)
-    _refuse_batchnorm(me, plan, network)
+    _refuse_batchnorm(me, job, plan, network)
     shapes, dtype, device = shapes_of(job, plan, network, schema), DTYPES[job.training.dtype], device_of(place.device)
     segments = {}
     for copy in plan.placed(me):
@@ -277,6 +289,7 @@ def assemble(
         reports={"scores": evaluation.report_all, "own_scores": evaluation.report_own, "classes": classes.report},
         account=door.account,
         draws=lambda turn, m, copy: forward_seed(secret, digest, turn, m, copy),
+        half=HALF[job.training.precision],
         device=device,
     )
 
@@ -322,9 +335,14 @@ def _tallies(source: RecordSource | None, evaluation: Evaluation, classes: Class
     return {"sums": moments, "squares": Squares(source, moments), "classes": classes, "scores": evaluation}
 
 
-def _refuse_batchnorm(me: str, plan: Plan, network: Parts) -> None:
+def _refuse_batchnorm(me: str, job: Job, plan: Plan, network: Parts) -> None:
     for name, module in network.modules.items():
-        if plan[name].laned and len(plan.sites) > 1 and (found := has_batchnorm(module)):
+        if not (found := has_batchnorm(module)):
+            continue
+        if job.training.micro_batch:
+            words = f"the {name} has BatchNorm at {found}, whose statistics differ in each micro-batch; use GroupNorm"
+            refuse(me, [Objection(Reason.BATCHNORM, words)])
+        if plan[name].laned and len(plan.sites) > 1:
             words = f"the {name} has BatchNorm at {found}, whose statistics differ at each site; use GroupNorm"
             refuse(me, [Objection(Reason.BATCHNORM, words)])
 

@@ -156,6 +156,21 @@ LANED = ("vanilla", "u_shaped")
 """Configurations in which each site has patients of its own."""
 
 
+class RateSchedule(Settings, frozen=True, kw_only=True):
+    """`rate` of `[training]`: how the learning rate of `optimizer` goes over the steps of the whole run."""
+
+    warm_up: Count = 0
+    """Steps in which it rises in equal parts to `lr`."""
+    then: Literal["constant", "cosine", "linear", "steps"] = "constant"
+    """What it does after them, until the last step."""
+    final: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Of `cosine` and `linear`: the fraction of `lr` to which it falls."""
+    milestones: tuple[Count, ...] = ()
+    """Of `steps`: the steps, counted from 0, from each of which on it is multiplied by `factor`."""
+    factor: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    """Of `steps`."""
+
+
 class Training(Settings, frozen=True, kw_only=True):
     """`[training]`"""
 
@@ -176,6 +191,16 @@ class Training(Settings, frozen=True, kw_only=True):
     """Records in a union batch, over all sites."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     """Of training together."""
+    rate: RateSchedule = field(default_factory=RateSchedule)
+    """The learning rate of `optimizer` over time; local epochs keep theirs."""
+    clip_norm: Annotated[float, Meta(ge=0)] = 0.0
+    """The greatest norm of a step's gradient, of all segments together; a longer one is scaled to it. 0 for none."""
+    micro_batch: Count = 0
+    """Records that go through the network at once, over all sites: a batch is cut into parts whose gradients add up.
+    0 for the whole batch."""
+    precision: Literal["full", "bfloat16", "float16"] = "full"
+    """Of activations and their gradients, at the cut too; weights and sums stay as `dtype` says. `float16` scales the
+    loss, and skips steps that overflow."""
     keep: Literal["best", "last"] = "best"
     """Weights of the best evaluation on the validation records, or of the last epoch."""
     patience: Count = 0
@@ -480,6 +505,7 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
         )
     if job.training.patience and job.training.keep != "best":
         raise ConfigError(f"{where}: [training] patience needs keep = `best`")
+    _check_options(job.training, where)
     if job.evaluation.site_scores and not job.evaluation.trunk_travels:
         raise ConfigError(
             f"{where}: [evaluation] site_scores needs trunk_travels = true, for scores are made at the sites"
@@ -517,6 +543,26 @@ def _check_parts(job: Job, where: str, scheduled: bool) -> None:
         raise ConfigError(f"{where}: {name} needs who holds the labels: [holds.PARTY] targets")
     if name == "extended_vanilla" and not training.middle:
         raise ConfigError(f"{where}: extended_vanilla needs the site where the outputs meet: [training] middle")
+
+
+def _check_options(training: Training, where: str) -> None:
+    rate = training.rate
+    here = f"{where}: [training.rate]"
+    if (rate.then == "steps") != bool(rate.milestones):
+        raise ConfigError(f"{here} milestones and then = `steps` go together")
+    if list(rate.milestones) != sorted({*rate.milestones}) or min(rate.milestones, default=rate.warm_up) < rate.warm_up:
+        raise ConfigError(f"{here} milestones rise, and none is within warm_up")
+    if rate.final and rate.then not in ("cosine", "linear"):
+        raise ConfigError(f"{here} final is of `cosine` and `linear`; then is `{rate.then}`")
+    if training.precision != "full" and training.dtype != "float32":
+        raise ConfigError(f"{where}: [training] precision = `{training.precision}` needs dtype = `float32`")
+    batch = max(training.batch, training.half_trained.batch if training.schedule == "half_trained" else 0)
+    if 0 < training.micro_batch < (least := -(-batch // MOST_MICRO_BATCHES)):
+        raise ConfigError(f"{where}: [training] micro_batch must be {least} or more for a batch of {batch}")
+
+
+MOST_MICRO_BATCHES = 32
+"""In a step: what a party must know of a step grows with their square."""
 
 
 def job_texts(path: Path) -> tuple[bytes, bytes | None]:

@@ -92,7 +92,7 @@ def judge_groups(
     training = {site: parts["train"] for site, parts in sizes.items()}
     steps = [t for t in turns if "gradient" in dict(t.sums)]
     least = max(policy.least_records_in_sum, 0 if policy.solvable_sums else 2 * (inputs + 1))
-    fewest = min((others(rows) for t in steps for rows in t.rows), default=least)
+    fewest = min((others(_rows_of(t)) for t in steps), default=least)
     if fewest < least:
         epochs = 1 + max(t.epoch for t in steps)
         words = f"in some step only {fewest} records of the other sites hide each one's; {least} are needed"
@@ -100,7 +100,7 @@ def judge_groups(
     if any("weights" in dict(t.sums) for t in turns) and others(training) < policy.least_records_in_sum:
         words = f"averaged weights of only {others(training)} records of the other sites hide each one's"
         yield Objection(Reason.RECORDS, f"{words}; [policy] least_records_in_sum is {policy.least_records_in_sum}")
-    counted = [sum(rows.values()) for t in turns if "tally" in dict(t.sums) for rows in t.rows]
+    counted = [sum(_rows_of(t).values()) for t in turns if "tally" in dict(t.sums)]
     if counted and min(counted) < policy.least_records_in_counts:
         words = f"counts over {min(counted)} records; [policy] least_records_in_counts is "
         yield Objection(Reason.EVALUATION, words + str(policy.least_records_in_counts))
@@ -138,6 +138,13 @@ def _judge_gives(policy: Policy, me: str, plan: Plan, turns: Sequence[Turn]) -> 
 def releases(plan: Plan, turn: Turn) -> bool:
     """Whether in a turn activations go to where they are kept."""
     return any(plan[e.target].kind == "store" and e.kind == "activations" for e in plan.edges(turn.flow))
+
+
+def _rows_of(turn: Turn) -> Rows:
+    """Records of each lane in all micro-batches of a turn: what is summed is summed over all of them."""
+    return {
+        lane: sum(rows.get(lane, 0) for rows in turn.rows) for lane in dict.fromkeys(k for r in turn.rows for k in r)
+    }
 
 
 def others(rows: Rows) -> int:

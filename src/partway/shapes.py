@@ -32,6 +32,8 @@ class Piece:
     """FLOPs for one record, the gradient for what stands before it among them."""
     backward_alone: int
     """The same where nothing before it wants a gradient."""
+    dtype: torch.dtype
+    """Of the output, and of the gradient that comes back for it."""
 
     @property
     def width(self) -> int:
@@ -39,20 +41,22 @@ class Piece:
         return math.prod(self.output)
 
 
-def measure(module: nn.Module, example: Tensor, first: bool) -> tuple[Piece, Tensor]:
+def measure(module: nn.Module, example: Tensor, first: bool, half: torch.dtype | None = None) -> tuple[Piece, Tensor]:
     """What a piece of a network is and costs, and its output for the next piece.
 
     Args:
         module: on the CPU, in the job's dtype. It is run on `example`, and its buffers are not touched.
         example: one record, shape (1, ...).
         first: its input is data, so no gradient flows into it.
+        half: the type to which `torch.autocast` is set, if it runs under it.
     """
     training = module.training
     module.eval()
-    with FlopCounterMode(display=False) as forward:
-        output = module(example.detach())
-    alone = _backward(module, example.detach().clone())
-    backward = alone if first else _backward(module, example.detach().clone().requires_grad_())
+    with torch.autocast("cpu", half, enabled=half is not None):
+        with FlopCounterMode(display=False) as forward:
+            output = module(example.detach())
+        alone = _backward(module, example.detach().clone())
+        backward = alone if first else _backward(module, example.detach().clone().requires_grad_())
     module.train(training)
     piece = Piece(
         output=tuple(output.shape[1:]),
@@ -61,6 +65,7 @@ def measure(module: nn.Module, example: Tensor, first: bool) -> tuple[Piece, Ten
         forward=forward.get_total_flops(),
         backward=backward,
         backward_alone=alone,
+        dtype=output.dtype,
     )
     return piece, output.detach()
 
@@ -131,15 +136,14 @@ class Shapes:
         return self.plan.hub not in (sender, receiver)
 
     def _carried(self, kind: LetterKind, source: str, target: str, rows: int, sealed: bool) -> Carried:
-        name = NAMES[self.dtype]
         plain: tuple[Spec, ...] = ()
         if kind is LetterKind.ACTIVATIONS:
-            plain = (Spec("x", name, (rows, *self.pieces[source].output)),)
+            plain = (Spec("x", NAMES[self.pieces[source].dtype], (rows, *self.pieces[source].output)),)
             if self.plan[target].kind == "store":
                 plain += (Spec("made_by", "uint8", (32,)),)
             plain += self._proof
         elif kind is LetterKind.GRADIENT:
-            plain = (Spec("x", name, (rows, *self.pieces[target].output)),)
+            plain = (Spec("x", NAMES[self.pieces[target].dtype], (rows, *self.pieces[target].output)),)
         elif kind is LetterKind.LABELS:
             plain = (Spec("x", "int64", (rows,)), *self._proof)
         elif kind is LetterKind.SCORES:
@@ -152,6 +156,8 @@ class Shapes:
             plain = (Spec("x", "uint8", (32,)),)
         elif kind is LetterKind.VERDICT:
             plain = (Spec("x", "uint8", (1,)),)
+        elif kind in (LetterKind.SQUARE, LetterKind.NORM):
+            plain = (Spec("x", "float64", (1,)),)
         wire = (Spec("sealed", "uint8", (payload_size(plain) + SEAL_BYTES,)),) if plain and sealed else plain
         return Carried(plain, wire, payload_size(wire))
 

@@ -77,3 +77,29 @@ def local_batches(sizes: Mapping[str, int], batch: int) -> list[Batch]:
         rows = {site: end - begin for site, (begin, end) in here.items()}
         batches.append(Batch(rows, {site: begin for site, (begin, _) in here.items()}))
     return batches
+
+
+def micro_batches(batch: Batch, most: int, apart: bool = False) -> list[Batch]:
+    """A batch in parts of at most `most` records over all lanes, as equal as can be.
+
+    Each lane's rows stay in their order and are spread evenly over the parts, so that no lane waits for the others'.
+
+    Args:
+        apart: each lane's rows are cut by themselves: at most `most` of each lane.
+
+    >>> [b.rows for b in micro_batches(Batch({"a": 5, "b": 2}, {"a": 0, "b": 0}), most=4)]
+    [{'a': 2, 'b': 1}, {'a': 3, 'b': 1}]
+    >>> [b.rows for b in micro_batches(Batch({"a": 5, "b": 2}, {"a": 0, "b": 0}), most=4, apart=True)]
+    [{'a': 2, 'b': 2}, {'a': 3, 'b': 0}]
+    """
+    if apart:
+        parts = local_batches(batch.rows, most)
+    else:
+        places = [((2 * row + 1) / (2 * n), lane) for lane, n in batch.rows.items() for row in range(n)]
+        owners = [lane for _, lane in sorted(places, key=lambda place: place[0])]
+        parts, begun = [], dict.fromkeys(batch.rows, 0)
+        for begin, end in equal_parts(len(owners), most):
+            rows = {lane: owners[begin:end].count(lane) for lane in batch.rows}
+            parts.append(Batch(rows, dict(begun)))
+            begun = {lane: begun[lane] + n for lane, n in rows.items()}
+    return [Batch(p.rows, {lane: batch.offsets.get(lane, 0) + o for lane, o in p.offsets.items()}) for p in parts]

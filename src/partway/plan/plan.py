@@ -293,6 +293,12 @@ class Turn:
     """From which copy to which the weights are handed."""
     optimizer: Optimizing = "main"
     """Which of the job's optimisers updates."""
+    rate: float = 1.0
+    """What its learning rate is multiplied by."""
+    clip: float = 0.0
+    """The greatest norm of all gradients that one update takes together; what is longer is scaled to it. 0: none."""
+    scaled: bool = False
+    """The loss is scaled, and every party hears whether all gradients are finite; else nobody updates. Needs `clip`."""
     fresh: bool = False
     """That optimiser forgets its state before this turn."""
     judge: Judge | None = None

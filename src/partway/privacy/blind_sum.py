@@ -149,6 +149,13 @@ class BlindSum:
         masked: Words = plain + self._masks[segment][0]
         return masked
 
+    def spoil(self, turn: int, segment: str, numbers: int, dtype: np.dtype) -> Words:
+        """Random words for a share that cannot be: the total is noise to every site, where without a word it would be
+        the sum of the others alone."""
+        self.prepare(turn, segment, numbers, dtype)
+        words = np.frombuffer(bytearray(os.urandom(8 * numbers * len(LIMBS[dtype]))), np.uint64)
+        return self._sent.setdefault(segment, words)
+
     def unmask(self, turn: int, segment: str, total: Words, dtype: np.dtype) -> Numbers:
         """The plain total of a sum to which this site has sent its share.
 
@@ -188,6 +195,10 @@ class ClearSum:
     def mask(self, turn: int, segment: str, share: Numbers) -> Numbers:
         """The share as it is."""
         return share
+
+    def spoil(self, turn: int, segment: str, numbers: int, dtype: np.dtype) -> Numbers:
+        """Zeros."""
+        return np.zeros(numbers, dtype)
 
     def unmask(self, turn: int, segment: str, total: Numbers, dtype: np.dtype) -> Numbers:
         """The total as it is."""

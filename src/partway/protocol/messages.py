@@ -91,6 +91,8 @@ class LetterKind(IntEnum):
     ACCOUNT = 9
     TICK = 10
     VERDICT = 11
+    SQUARE = 12
+    NORM = 13
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -154,7 +156,8 @@ class Ready(Message, frozen=True, tag="ready"):
 
 
 class Post(NamedTuple):
-    """A letter's name within its turn. Its copies must be the plan's; of accounts and ticks they name parties."""
+    """A letter's name within its turn. Its copies must be the plan's; of accounts and ticks they name parties, and
+    those of squares and norms a party and the lane whose optimiser it is."""
 
     kind: LetterKind
     source: Copy

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from partway.plan.plan import Copy, Edge, Plan, Turn
+from partway.plan.plan import ONE, Copy, Edge, Plan, Turn
 from partway.protocol.messages import LetterKind, Post
 
 Unit = Copy
@@ -29,9 +29,11 @@ class Task(NamedTuple):
     """Something that one party does once in a turn."""
 
     kind: str
-    """forward backward share add load update give take attest compare judge heed account note ticked"""
+    """forward backward share add load square norm update rescale give take attest compare judge heed account note
+    ticked"""
     what: Copy
-    """The copy it is about; for a sum its segment without lane, for verdicts, accounts and ticks the parties."""
+    """The copy it is about; for a sum its segment without lane, for squares, norms and updates the unit, for verdicts,
+    accounts and ticks the parties."""
     micro_batch: int = 0
 
 
@@ -90,12 +92,17 @@ class Shape(NamedTuple):
     judge: tuple[str, tuple[str, ...]] | None
     """Who judges, and the segments that are kept."""
     account: tuple[str, ...]
+    clip: bool
+    scaled: bool
 
 
 def shape(turn: Turn) -> Shape:
     live = tuple(tuple(lane for lane, n in rows.items() if n) for rows in turn.rows)
     judge = (turn.judge.at, turn.judge.keeps) if turn.judge else None
-    return Shape(turn.flow, live, turn.train, turn.sums, turn.gives, turn.equal, turn.alike, judge, turn.account)
+    options = turn.clip > 0, turn.scaled
+    return Shape(
+        turn.flow, live, turn.train, turn.sums, turn.gives, turn.equal, turn.alike, judge, turn.account, *options
+    )
 
 
 def compile(plan: Plan, turn: Turn) -> Net:
@@ -113,6 +120,14 @@ EDGE_LETTERS = {
     "labels": LetterKind.LABELS,
     "scores": LetterKind.SCORES,
 }
+
+
+def squared(plan: Plan, turn: Turn | Shape, unit: Unit) -> list[Copy]:
+    """The copies whose squares a unit tells: its own, and of a summed segment if it has the first lane."""
+    mine = (Copy(name, unit.lane) for name in turn.train if unit.lane in plan.lanes(name))
+    summed = {name for what, name in turn.sums if what == "gradient"}
+    first = unit.lane == plan.sites[0] if plan.sites else False
+    return [c for c in mine if plan.place(c) == unit.segment and (first or c.segment not in summed)]
 
 
 class _Compiler:
@@ -230,6 +245,33 @@ class _Compiler:
                     updates.setdefault(Copy(plan.place(copy), copy.lane), set()).add(load)
         for unit, needs in updates.items():
             self.task("update", unit, unit.segment, needs=needs)
+        if self.turn.clip and updates:
+            self.clip(updates)
+
+    def clip(self, updates: dict[Unit, set[Task]]) -> None:
+        """Squares to where they are added, and the norm back. Lanes that nothing joins have a norm each.
+
+        With a scaled loss every unit tells whether its gradient is finite, and all hear, who have no rows too: the
+        scale of the next turn depends on it.
+        """
+        plan, turn = self.plan, self.turn
+        joined = any(what == "gradient" for what, _ in turn.sums)
+        joined = joined or not all(plan[copy.segment].laned for copy in self.last_backward)
+        hear = dict.fromkeys(updates)
+        if turn.scaled and joined:
+            hear |= dict.fromkeys(Copy(plan.place(c), c.lane) for name in turn.train for c in plan.copies(name))
+        for lane in [ONE] if joined else dict.fromkeys(unit.lane for unit in updates):
+            units = [unit for unit in hear if joined or unit.lane == lane]
+            places = {unit.segment for unit in units}
+            at = places.pop() if len(places) == 1 else plan.hub
+            norm = self.task("norm", Copy(at, lane), at)
+            for unit in units:
+                if unit in updates and (turn.scaled or squared(plan, turn, unit)):
+                    square = self.task("square", unit, unit.segment, needs=updates[unit])
+                    self.tell(square, LetterKind.SQUARE, unit, norm.what, norm)
+            for unit in units:
+                use = self.task("update" if unit in updates else "rescale", unit, unit.segment)
+                self.tell(norm, LetterKind.NORM, norm.what, unit, use)
 
     def give(self) -> None:
         for source, target in self.turn.gives:

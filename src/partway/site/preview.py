@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from partway import pki
-from partway.assembly import Parts, network_of, optimizers_of, plan_of, schema_of, shapes_of
+from partway.assembly import HALF, Parts, network_of, optimizers_of, plan_of, schema_of, shapes_of
 from partway.blueprint import DTYPES
 from partway.config import Job, Site, contents, read_job, read_job_file
 from partway.data import matched
@@ -140,6 +140,8 @@ def _what(post: Post) -> str:
     kind = post.kind.name.lower()
     if post.kind is LetterKind.ACCOUNT:
         return "the head of the ledger"
+    if post.kind is LetterKind.SQUARE:
+        return "the square of a gradient's norm"
     if post.kind in (LetterKind.SHARE, LetterKind.STATE, LetterKind.EQUAL):
         return f"{kind} of {post.source.segment}"
     return f"{kind} ({post.source.segment} -> {post.target.segment})"
@@ -167,7 +169,8 @@ def _values(
     if len(records.numeric):
         source.standardise(*statistics_of([records]))
     segments = {c: Segment(network.modules[original(c.segment)], dtype) for c in plan.placed(me)}
-    worker = Worker(plan, shapes, segments, optimizers=optimizers_of(job), source=source)
+    half = HALF[job.training.precision]
+    worker = Worker(plan, shapes, segments, optimizers=optimizers_of(job), source=source, half=half)
     net = compile(plan, turn)
     worker.begin(0, turn, net)
     for task in net.tasks:

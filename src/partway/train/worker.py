@@ -1,4 +1,4 @@
-"""Does with torch what a step asks: forward, backward, share, add, load, update, give and take.
+"""Does with torch what a step asks: forward, backward, share, add, load, square, norm, update, give and take.
 
 It looks at the plan for shapes and neighbours, never for who it is.
 """
@@ -6,7 +6,9 @@ It looks at the plan for shapes and neighbours, never for who it is.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,12 +18,13 @@ from torch import Tensor, nn
 from partway.cost import Cost
 from partway.errors import JobFailed, PeerError
 from partway.model.segment import Segment
-from partway.plan.plan import Copy, Optimizing, Part, Plan, Turn
+from partway.plan.plan import ONE, Copy, Optimizing, Part, Plan, Turn
 from partway.privacy.blind_sum import Numbers, Words, add
 from partway.protocol.messages import LetterKind, Post
-from partway.protocol.net import Net, Task
+from partway.protocol.net import Net, Task, squared
 from partway.shapes import Shapes
 from partway.train.baselines import OptimizerOf
+from partway.train.scale import LossScale
 from partway.train.stopping import Verdict
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -34,6 +37,8 @@ class Sums(Protocol):
     def prepare(self, turn: int, segment: str, numbers: int, dtype: np.dtype) -> None: ...
 
     def mask(self, turn: int, segment: str, share: Numbers) -> Words | Numbers: ...
+
+    def spoil(self, turn: int, segment: str, numbers: int, dtype: np.dtype) -> Words | Numbers: ...
 
     def unmask(self, turn: int, segment: str, total: Any, dtype: np.dtype) -> Numbers: ...
 
@@ -92,6 +97,7 @@ class Worker:
         reports: figures that a tally tells, shape (1, n), float64.
         account: the head of this party's ledger, 32 bytes.
         draws: seeds what a segment draws in a forward, from turn, micro-batch and copy.
+        half: every forward runs under `torch.autocast` to this type; weights, updates and sums do not.
     """
 
     def __init__(
@@ -108,6 +114,7 @@ class Worker:
         reports: Mapping[str, Callable[[], Tensor]] | None = None,
         account: Callable[[], bytes] | None = None,
         draws: Callable[[int, int, Copy], int] | None = None,
+        half: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.plan, self.shapes, self.segments, self.source = plan, shapes, dict(segments), source
@@ -116,16 +123,18 @@ class Worker:
         """Blind or clear; set once keys are agreed, None at a party without shared copies."""
         self.cost = Cost()
         self.losses: list[Tensor] = []
-        """The loss of each step so far, at a party that has the labels."""
+        """The loss of each step so far, over its micro-batches, at a party that has the labels."""
         self.board: list[tuple[Turn, str, Tensor]] = []
         """Figures that sites have told: the turn, the site, shape (n,)."""
         self.accounts: dict[str, bytes] = {}
         """Heads of the other parties' ledgers, at the hub."""
         self._judges, self._makers, self._account_head, self._draws = dict(judges or {}), optimizers, account, draws
-        self._device = torch.device(device)
+        self._device, self._half = torch.device(device), half
         self.loss: Loss = lambda x, y: nn.functional.cross_entropy(x, y, reduction="sum")
         """The turn's divisor makes it a mean."""
         self._optimizers: dict[tuple[Optimizing, Copy, tuple[str, ...]], torch.optim.Optimizer] = {}
+        self._scales: dict[tuple[Optimizing, str], LossScale] = {}
+        """Of each optimiser and, where lanes train apart, each lane."""
         self._kept: dict[Copy, dict[str, Tensor]] = {}
         """What a judge has found best so far."""
         self._stored_by: dict[Copy, tuple[str, Tensor]] = {}
@@ -154,8 +163,20 @@ class Worker:
         """Of a source that has not all rows: which are here."""
         self._made: dict[tuple[LetterKind, Copy], dict[str, Tensor]] = {}
         """Bodies of letters that are not rows of `_out` or `_leaf`."""
+        self._reported: dict[tuple[Copy, int], Tensor] = {}
+        """The losses that have been reported."""
+        self._losses_due = sum(
+            task.kind == "backward" and task.what in self.segments and not work.takes
+            for task, work in net.tasks.items()
+        )
+        self._apart = turn.scaled and all(task.what.lane for task in net.tasks if task.kind == "norm")
+        self._heard: set[Copy] = set()
+        """The norms of which the loss scale knows."""
+        self._spoilt: set[Copy] = set()
+        """The units that have made something in this turn that is not finite."""
         if turn.fresh:
             self._optimizers = {key: made for key, made in self._optimizers.items() if key[0] != turn.optimizer}
+            self._scales = {key: scale for key, scale in self._scales.items() if key[0] != turn.optimizer}
 
     def deliver(self, post: Post, tensors: dict[str, Tensor]) -> None:
         """A letter of the current turn has been taken."""
@@ -242,6 +263,7 @@ class Worker:
         if segment.join == "sum":
             whole = torch.stack(inputs).sum(0)
         if segment.kind == "tally":
+            whole = whole.float() if whole.dtype is self._half else whole
             counted = self.tallies[copy.segment].count(self._turn, whole, labels)
             self._counts[copy] = self._counts[copy] + counted if copy in self._counts else counted
             self._left[copy] = self._left.get(copy, sum(bool(self.plan.rows(copy, r)) for r in self._turn.rows)) - 1
@@ -303,13 +325,18 @@ class Worker:
         segment, training = self.segments[copy], bool(self._turn.train)
         if training and segment.draws and self._draws is not None:
             torch.manual_seed(self._draws(self.at, m, copy))
-        output = segment.forward(inputs, training)
+        with torch.autocast(self._device.type, self._half) if self._half else nullcontext():
+            output = segment.forward(inputs, training)
+        output = output.to(self.shapes.pieces[copy.segment].dtype)
         if (here := self._lacks.pop((copy, m), None)) is not None:  # a record that is not here crosses as zeros
             output = output * here.to(output).view(-1, *(1,) * (output.dim() - 1))
+        if labels is None and training:
+            output = self._finite(copy, output)
         self.cost.flops += len(inputs) * self.shapes.pieces[copy.segment].forward
         self._out[copy, m] = {LetterKind.ACTIVATIONS: output}
         if labels is not None and training:
-            self._loss_of[copy, m] = self.loss(output, labels) / (self._turn.divisor or len(labels))
+            divisor = self._turn.divisor or sum(self.plan.rows(copy, rows) for rows in self._turn.rows)
+            self._loss_of[copy, m] = self.loss(output.to(self.shapes.dtype), labels) / divisor
 
     def _backward(self, copy: Copy, m: int, takes: Sequence[Post]) -> None:
         if takes:
@@ -320,8 +347,15 @@ class Worker:
                 made.backward(total)  # type: ignore[no-untyped-call]
         else:
             loss = self._loss_of[copy, m]
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.losses.append(loss.detach())
+            (loss * self._scale(copy) if self._turn.scaled else loss).backward()  # type: ignore[no-untyped-call]
+            self._reported[copy, m] = loss.detach()
+            if len(self._reported) == self._losses_due:
+                parts = [self._reported[key] for key in sorted(self._reported)]
+                self.losses.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum())
+        if self._turn.scaled:
+            for (_, mine, micro), leaf in self._leaf.items():
+                if (mine, micro) == (copy, m) and leaf.grad is not None:
+                    leaf.grad = self._finite(copy, leaf.grad)
         self.cost.flops += self.plan.rows(copy, self._turn.rows[m]) * self.shapes.backward(self._turn, copy.segment)
 
     # -- sums and updates, for the turn
@@ -341,8 +375,14 @@ class Worker:
         if plain is None:  # no records in this turn: zeros, for the masks must cancel
             numbers = np.zeros(*self._summed(copy.segment))
         else:
+            if what == "gradient" and self._turn.scaled:
+                plain = plain / self._scale(copy)
+                self._finite(copy, plain)
             numbers = plain.detach().cpu().numpy()
-        masked = self._half().mask(self.at, copy.segment, numbers)
+        if self._unit(copy) in self._spoilt and not np.isfinite(numbers).all():
+            masked = self._side().spoil(self.at, copy.segment, *self._summed(copy.segment))
+        else:
+            masked = self._side().mask(self.at, copy.segment, numbers)
         self._made[LetterKind.SHARE, copy] = {"x": _signed(masked)}
 
     def _add(self, what: Copy, takes: Sequence[Post]) -> None:
@@ -351,7 +391,7 @@ class Worker:
     def _load(self, copy: Copy, takes: Sequence[Post]) -> None:
         total = _unsigned(self._taken(takes[0])["x"])
         _, dtype = self._summed(copy.segment)
-        plain = torch.from_numpy(self._half().unmask(self.at, copy.segment, total, dtype))
+        plain = torch.from_numpy(self._side().unmask(self.at, copy.segment, total, dtype))
         what = self._what[copy.segment]
         if what == "tally":
             self.tallies[copy.segment].settle(self._turn, plain)
@@ -360,18 +400,77 @@ class Worker:
         else:
             self.segments[copy].set_gradient(plain.to(self._device))
 
-    def _half(self) -> Sums:
+    def _side(self) -> Sums:
         if self.sums is None:
             raise JobFailed("a sum is due, and no keys were agreed")
         return self.sums
 
-    def _update(self, unit: Copy, _: Sequence[Post]) -> None:
+    # -- the norm of all gradients, and whether they are finite: a negative number says that they are not
+
+    def _square(self, unit: Copy, _: Sequence[Post]) -> None:
+        square = 0.0
+        for copy in squared(self.plan, self._turn, unit):
+            gradient = self.segments[copy].gradient()
+            if gradient is not None:
+                if self._what.get(copy.segment) != "gradient" and self._turn.scaled:
+                    gradient.div_(self._scale(copy))  # a share was divided before it was summed
+                square += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+        if unit in self._spoilt or not math.isfinite(square):
+            if not self._turn.scaled:
+                raise JobFailed("a gradient holds NaN or infinite numbers; lower the learning rate")
+            square = -1.0
+        self._made[LetterKind.SQUARE, unit] = {"x": torch.tensor([square], dtype=torch.float64)}
+
+    def _norm(self, what: Copy, takes: Sequence[Post]) -> None:
+        squares = [self._number(post) for post in takes]
+        norm = math.sqrt(sum(squares)) if min(squares) >= 0 else -1.0
+        self._made[LetterKind.NORM, what] = {"x": torch.tensor([norm], dtype=torch.float64)}
+
+    def _rescale(self, unit: Copy, takes: Sequence[Post]) -> float:
+        """What gradients are multiplied by, after Pascanu et al. 2013, algorithm 1; negative for a step to skip."""
+        norm = self._number(takes[0])
+        if self._turn.scaled and takes[0].source not in self._heard:
+            self._heard.add(takes[0].source)  # a party may have several units
+            self._scale_of(takes[0].source.lane).hear(norm >= 0)
+        return min(1.0, self._turn.clip / (norm + 1e-6)) if norm >= 0 else -1.0
+
+    def _number(self, post: Post) -> float:
+        number = float(self._taken(post)["x"])
+        if number < 0 and not self._turn.scaled:
+            raise PeerError(post.source.segment, f"told {post} as a negative number")
+        return number
+
+    def _scale(self, copy: Copy) -> float:
+        """The loss scale, at which a copy's gradients are now."""
+        return self._scale_of(copy.lane if self._apart else ONE).value
+
+    def _scale_of(self, lane: str) -> LossScale:
+        return self._scales.setdefault((self._turn.optimizer, lane), LossScale())
+
+    def _finite(self, copy: Copy, tensor: Tensor) -> Tensor:
+        """Zeros in place of what is not finite, if its unit's square will tell so; else the door refuses it."""
+        unit = self._unit(copy)
+        if not self._turn.scaled or Task("square", unit) not in self._net.tasks or bool(tensor.isfinite().all()):
+            return tensor
+        self._spoilt.add(unit)
+        return torch.zeros_like(tensor)
+
+    def _unit(self, copy: Copy) -> Copy:
+        return Copy(self.plan.place(copy), copy.lane)
+
+    def _update(self, unit: Copy, takes: Sequence[Post]) -> None:
+        coefficient = self._rescale(unit, takes) if takes else 1.0
         mine = [c for c in self.segments if c.lane == unit.lane and c.segment in self._turn.train]
         key = (self._turn.optimizer, unit, tuple(c.segment for c in mine))
         flats = [flat for c in mine if (flat := self.segments[c].flat) is not None]
-        if flats:
+        if flats and coefficient >= 0:
             if key not in self._optimizers:
                 self._optimizers[key] = self._makers[self._turn.optimizer](flats)
+            for group in self._optimizers[key].param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * self._turn.rate
+            for flat in flats:
+                if flat.grad is not None and coefficient < 1:
+                    flat.grad.mul_(coefficient)
             self._optimizers[key].step()
         for copy in mine:
             self.segments[copy].clear()
