@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler as torch_rates
 
 from federations import SITES, SIZES, bits, difference, job_of, records_of, small
 from federations import pooled as as_planned
+from partway import blueprint
 from partway.equality import _Plain
 from partway.errors import ConfigError, JobFailed, PeerError, Refused
 from partway.model.segment import initialise
