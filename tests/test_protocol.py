@@ -86,7 +86,7 @@ CASES = {
     "half_trained": lambda: half_trained(vanilla(SITES), HALF),
     "relay": relay_of_labels,
     "vertical": lambda: every_party(vertical(SITES, "b"), LOOKS),
-    "labels apart": lambda: every_party(vertical(SITES[:2], "c", head=True), LOOKS),
+    "labels apart": lambda: every_party(vertical(SITES[:2], "c"), LOOKS),
     "labels at the server": lambda: every_party(vertical(SITES, "server"), LOOKS),
     "extended_vanilla": lambda: every_party(extended_vanilla(SITES[:2], "c", "a"), LOOKS),
     "multi_task": lambda: every_party(multi_task(SITES[:2], {"one": "a", "other": "c", "third": "server"}), LOOKS),
@@ -206,7 +206,7 @@ def test_every_delivery_order_ends_and_does_every_task_once(case: str) -> None:
         assert set(players.done) == expected
 
 
-@pytest.mark.parametrize("case", ["judged", "half_trained", "vertical", "multi_task"])
+@pytest.mark.parametrize("case", ["judged", "half_trained", "vertical", "labels apart", "multi_task"])
 def test_after_a_stop_nobody_does_a_turn_before_the_one_to_go_on_from(case: str) -> None:
     plan, schedule = CASES[case]()
     turns = schedule(sizes_of(plan))
@@ -399,6 +399,7 @@ def may_come_first(plan: Plan, turn: Turn, me: str, sender: str, post: Post) -> 
         return (source, target) in pairs and (plan.place(source), plan.place(target)) == (sender, me)
     if kind is LetterKind.VERDICT:
         holders = {plan.place(c) for name in turn.judge.keeps for c in plan.copies(name)} if turn.judge else set()
+        holders |= set(turn.judge.hears) if turn.judge else set()
         if turn.judge is None or turn.judge.at != sender or me not in holders:
             return False
         looked = [c for e in edges for c in plan.copies(e.target) if plan.place(c) == sender]

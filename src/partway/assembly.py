@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,13 @@ def schemas_of(job: Job, server: str = "server") -> Schemas:
     plan = configured(job, server)
     if job.laned:
         return dict.fromkeys(plan.holders, schema_of(job))
-    columns, scale = columns_of(job), job.records.scale
-    return {party: layout(part_of(columns, job.holds[party]), scale) for party in plan.holders}
+    columns, found = columns_of(job), {}
+    for party in plan.holders:
+        if party not in job.holds:
+            raise ConfigError(f"the plan has records at {party}, and there is no [holds.{party}]")
+        own = layout(part_of(columns, job.holds[party]), job.records.scale)
+        found[party] = own if job.holds[party].targets else replace(own, classes=0)
+    return found
 
 
 def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:

@@ -262,8 +262,10 @@ class Judge:
     """Whose scores it looks at: those of the newest count."""
     keeps: tuple[str, ...]
     """The segments of which every copy is kept at its best, and set back to it after the last look or a stop."""
+    hears: tuple[str, ...] = ()
+    """Parties that hold none of them, and are told too."""
     to: int = 0
-    """The turn to go on from after a stop. Who has a part in a turn before it holds one of `keeps`."""
+    """The turn to go on from after a stop. Who has a part in a turn before it holds one of `keeps`, or `hears`."""
     last: bool = False
     """No look comes after this one."""
 

@@ -62,8 +62,9 @@ def every_party(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
                 step += 1
             looks = settings.validate_every and (epoch + 1) % settings.validate_every == 0
             if looks and counts["validation"]:
-                judge = Judge(at=tally.at, tally=tally.name, keeps=plan.nets) if settings.keep_best else None
-                done.append(replace(checked(counts["validation"], "validation", step, epoch), judge=judge))
+                judge = Judge(at=tally.at, tally=tally.name, keeps=plan.nets, hears=plan.parties)
+                look = checked(counts["validation"], "validation", step, epoch)
+                done.append(replace(look, judge=judge if settings.keep_best else None))
             done.append(Turn(account=account, step=step, epoch=epoch))
         done = [*done[:start], *judged(done[start:], start)]
         if settings.test and counts["test"]:

@@ -89,8 +89,8 @@ class Shape(NamedTuple):
     gives: tuple[tuple[Copy, Copy], ...]
     equal: tuple[str, ...]
     alike: tuple[str, ...]
-    judge: tuple[str, tuple[str, ...]] | None
-    """Who judges, and the segments that are kept."""
+    judge: tuple[str, tuple[str, ...], tuple[str, ...]] | None
+    """Who judges, the segments that are kept, and who hears it besides."""
     account: tuple[str, ...]
     clip: bool
     scaled: bool
@@ -98,7 +98,7 @@ class Shape(NamedTuple):
 
 def shape(turn: Turn) -> Shape:
     live = tuple(tuple(lane for lane, n in rows.items() if n) for rows in turn.rows)
-    judge = (turn.judge.at, turn.judge.keeps) if turn.judge else None
+    judge = (turn.judge.at, turn.judge.keeps, turn.judge.hears) if turn.judge else None
     options = turn.clip > 0, turn.scaled
     return Shape(
         turn.flow, live, turn.train, turn.sums, turn.gives, turn.equal, turn.alike, judge, turn.account, *options
@@ -302,9 +302,9 @@ class _Compiler:
         """The judge looks when its part of the turn is done; who holds what is kept hears what it says."""
         if self.turn.judge is None:
             return
-        at, keeps = self.turn.judge
+        at, keeps, hears = self.turn.judge
         judge = self.task("judge", Copy(at), at, needs=[t for t, w in self.tasks.items() if w.at == at])
-        holders = dict.fromkeys(self.plan.place(c) for name in keeps for c in self.plan.copies(name))
+        holders = dict.fromkeys(self.plan.place(c) for name in keeps for c in self.plan.copies(name)) | dict.fromkeys(hears)
         for party in holders:
             if party != at:
                 heed = self.task("heed", Copy(party), party)
