@@ -369,7 +369,7 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
     seen: list[tuple[str, int, Scores]] = [(t.records, t.epoch, s) for t, _, s in told if t.flow == "report"]
     seen += evaluation.all
     sites = {site: s for turn, site, s in told if turn.flow == "report_own"}
-    if "test" in evaluation.own:
+    if "test" in evaluation.own and assembled.plan.sites:
         sites[me] = evaluation.own["test"]
     weights = weights_of(assembled)
     return Result(

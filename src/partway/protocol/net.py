@@ -304,7 +304,9 @@ class _Compiler:
             return
         at, keeps, hears = self.turn.judge
         judge = self.task("judge", Copy(at), at, needs=[t for t, w in self.tasks.items() if w.at == at])
-        holders = dict.fromkeys(self.plan.place(c) for name in keeps for c in self.plan.copies(name)) | dict.fromkeys(hears)
+        holders = dict.fromkeys(self.plan.place(c) for name in keeps for c in self.plan.copies(name)) | dict.fromkeys(
+            hears
+        )
         for party in holders:
             if party != at:
                 heed = self.task("heed", Copy(party), party)
