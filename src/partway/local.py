@@ -89,7 +89,7 @@ class LocalFederation:
 
     Args:
         folder: where everything is left.
-        records: by site, its CSV file; None at one that only runs layers. The server's too, if it has labels or columns.
+        records: by party, its CSV file; None at a site that only runs layers. The server's too, if it has some.
         policy: of every site, over what training on these records needs.
         silence: seconds without a sign of life after which a link is given up.
     """
