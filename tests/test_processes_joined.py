@@ -1,4 +1,4 @@
-"""Parties that hold different columns of the same patients, as real processes over mutual TLS, each with its own file."""
+"""Parties with different columns of the same patients, as real processes over mutual TLS, each with its own file."""
 
 from __future__ import annotations
 
