@@ -35,7 +35,7 @@ class Room:
 
 CORE = "errors plan config protocol model privacy wire"
 ACCOUNTS = f"{CORE} shapes cost policy ledger egress"
-PROCESS = f"{ACCOUNTS} transport data train party assembly pki report"
+PROCESS = f"{ACCOUNTS} transport data train party blueprint assembly pki report"
 """All that a process at a site or a server is made of."""
 
 HOUSE = {
@@ -58,7 +58,8 @@ HOUSE = {
     "attack": Room(rooms="errors model privacy wire data train"),
     "pki": Room(rooms="errors config", never="torch"),
     "report": Room(rooms=f"{CORE} shapes cost"),
-    "assembly": Room(rooms=f"{ACCOUNTS} data train party report", never="socket"),
+    "blueprint": Room(rooms=f"{CORE} data", never="socket"),
+    "assembly": Room(rooms=f"{ACCOUNTS} data train party blueprint report", never="socket"),
     "site": Room(rooms=PROCESS),
     "server": Room(rooms=PROCESS),
     "simulation": Room(rooms="*"),

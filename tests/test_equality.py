@@ -68,7 +68,7 @@ def half_job(half, sections=None, **training):
 def test_training_stops_early_and_keeps_the_best(schedule: str) -> None:
     training = {"schedule": schedule, "epochs": 60, "optimizer": OPTIMIZERS["adam"], "half_trained": HALF}
     every = {"evaluation": {"every": 1}}
-    whole = small(job_of(every, patience=4, **training))
+    whole = small(job_of(every, patience=2, **training))
     whole.run()
     network, losses = pooled(whole)
     assert len(losses) < 60 * 6  # it did stop

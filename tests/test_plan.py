@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from partway.errors import PlanError
 from partway.plan.batches import union_batches
-from partway.plan.configurations import CONFIGURATIONS, chain, u_shaped, vanilla
+from partway.plan.configurations import chain, u_shaped, vanilla
 from partway.plan.phases import Settings
 from partway.plan.plan import ONE, Copy, Edge, Plan, Segment, Turn
 from partway.plan.schedules import SCHEDULES, half_trained, synchronous
@@ -30,7 +30,7 @@ def faults_of(*edges: Edge, segments: tuple[Segment, ...] = u_shaped(SITES).segm
     return Plan(SITES, segments, (("split", edges),)).validate()
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS.values())
+@pytest.mark.parametrize("configuration", [vanilla, u_shaped])
 @pytest.mark.parametrize("schedule", SCHEDULES.values())
 def test_what_a_job_may_name_is_without_fault(configuration, schedule) -> None:
     if schedule is half_trained and configuration is u_shaped:

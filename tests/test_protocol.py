@@ -12,11 +12,19 @@ import msgspec
 import pytest
 
 from partway.errors import PeerError
-from partway.plan.configurations import chain, u_shaped, vanilla
+from partway.plan.configurations import (
+    chain,
+    extended_vanilla,
+    multi_hop,
+    multi_task,
+    u_shaped,
+    vanilla,
+    vertical,
+)
 from partway.plan.options import Options, with_options
 from partway.plan.phases import Schedule, Settings
 from partway.plan.plan import Copy, Edge, Plan, Segment, Sizes, Turn
-from partway.plan.schedules import half_trained, synchronous
+from partway.plan.schedules import every_party, half_trained, synchronous
 from partway.protocol.messages import (
     Bye,
     Counts,
@@ -42,6 +50,7 @@ RECORDS = {"a": Counts(13, 2, 3), "b": Counts(1, 0, 2), "c": Counts(6, 3, 0)}
 EVERYTHING = Settings(
     epochs=2, batch=7, standardise=True, validate_every=1, test=True, site_scores=True, bottom_to_everyone=True
 )
+LOOKS = Settings(epochs=2, batch=3, validate_every=1, keep_best=True, test=True)
 HALF = replace(EVERYTHING, rounds=2, local_epochs=1, local_batch=5, synchronous_epochs=1, keep_best=True)
 
 
@@ -76,17 +85,31 @@ CASES = {
     "judged": lambda: synchronous(vanilla(SITES), replace(EVERYTHING, keep_best=True)),
     "half_trained": lambda: half_trained(vanilla(SITES), HALF),
     "relay": relay_of_labels,
+    "vertical": lambda: every_party(vertical(SITES, "b"), LOOKS),
+    "labels apart": lambda: every_party(vertical(SITES[:2], "c"), LOOKS),
+    "labels at the server": lambda: every_party(vertical(SITES, "server"), LOOKS),
+    "extended_vanilla": lambda: every_party(extended_vanilla(SITES[:2], "c", "a"), LOOKS),
+    "multi_task": lambda: every_party(multi_task(SITES[:2], {"one": "a", "other": "c", "third": "server"}), LOOKS),
+    "multi_hop": lambda: every_party(multi_hop(SITES[:2], "c"), LOOKS),
     "clipped": lambda: optioned(synchronous(u_shaped(SITES), EVERYTHING), clip=1.0, micro_batch=3),
     "clipped apart": lambda: optioned(half_trained(vanilla(SITES), HALF), clip=1.0, micro_batch=3),
     "scaled": lambda: optioned(half_trained(vanilla(SITES), HALF), scaled=True),
     "private": lambda: optioned(synchronous(u_shaped(SITES), EVERYTHING), private=True, clip=1.0, micro_batch=3),
     "private scaled": lambda: optioned(synchronous(vanilla(SITES), EVERYTHING), private=True, scaled=True),
+    "vertical clipped": lambda: optioned(every_party(vertical(SITES, "b"), LOOKS), clip=1.0, micro_batch=2),
 }
 cases = pytest.mark.parametrize("case", CASES)
 
 
-def hello_of(party: str) -> Hello:
-    return Hello("1", RECORDS.get(party, Counts()), b"", b"", b"")
+def hello_of(party: str, plan: Plan | None = None) -> Hello:
+    records = RECORDS.get(party, Counts())
+    if plan is not None and not plan.sites:  # all hold columns of the same patients
+        records = Counts(5, 2, 1) if party in plan.holders else Counts()
+    return Hello("1", records, b"", b"", b"")
+
+
+def sizes_of(plan: Plan) -> Sizes:
+    return {party: msgspec.structs.asdict(hello_of(party, plan).records) for party in plan.holders}
 
 
 def accept(sender: str, message: Message) -> None:
@@ -107,7 +130,7 @@ class Players:
     def __init__(self, plan: Plan, schedule: Schedule, stop: int = -1) -> None:
         self.stop = stop
         """The turn whose judge says stop."""
-        self.sessions = {p: Session(p, plan, schedule, JOB, hello_of(p), accept) for p in plan.parties}
+        self.sessions = {p: Session(p, plan, schedule, JOB, hello_of(p, plan), accept) for p in plan.parties}
         self.held: dict[str, list[Said]] = {p: [] for p in plan.parties}
         self.done: list[tuple[str, int, Task]] = []
         self.said: list[Said] = []
@@ -183,10 +206,10 @@ def test_every_delivery_order_ends_and_does_every_task_once(case: str) -> None:
         assert set(players.done) == expected
 
 
-@pytest.mark.parametrize("case", ["judged", "half_trained"])
+@pytest.mark.parametrize("case", ["judged", "half_trained", "vertical", "labels apart", "multi_task"])
 def test_after_a_stop_nobody_does_a_turn_before_the_one_to_go_on_from(case: str) -> None:
     plan, schedule = CASES[case]()
-    turns = schedule({site: msgspec.structs.asdict(counts) for site, counts in RECORDS.items()})
+    turns = schedule(sizes_of(plan))
     looks = [n for n, turn in enumerate(turns) if turn.judge and n + 1 < turn.judge.to]
     assert looks
     for stop in looks:
@@ -371,11 +394,17 @@ def may_come_first(plan: Plan, turn: Turn, me: str, sender: str, post: Post) -> 
     if kind is LetterKind.STATE:
         return (source, target) in turn.gives and (plan.place(source), plan.place(target)) == (sender, me)
     if kind is LetterKind.EQUAL:
-        pairs = [(a, b) for n in turn.equal for a, b in itertools.permutations(plan.copies(n), 2)]
+        groups = [*map(plan.copies, turn.equal), [c for n in turn.alike for c in plan.copies(n)]]
+        pairs = [pair for group in groups for pair in itertools.permutations(group, 2)]
         return (source, target) in pairs and (plan.place(source), plan.place(target)) == (sender, me)
     if kind is LetterKind.VERDICT:
         holders = {plan.place(c) for name in turn.judge.keeps for c in plan.copies(name)} if turn.judge else set()
-        return me in holders and turn.judge.at == sender and (source, target) == (Copy(sender), Copy(me))
+        holders |= set(turn.judge.hears) if turn.judge else set()
+        if turn.judge is None or turn.judge.at != sender or me not in holders:
+            return False
+        looked = [c for e in edges for c in plan.copies(e.target) if plan.place(c) == sender]
+        waits = any(alive(c, n) and needs_me(c, n) for c in looked for n in range(len(turn.rows)))
+        return (source, target) == (Copy(sender), Copy(me)) and not waits
     if kind is LetterKind.ACCOUNT:
         told = sender in turn.account and not turn.sums  # the head is told after the sender's part, and a sum is mine
         return told and me == plan.hub and (source, target) == (Copy(sender), Copy(me))
@@ -385,7 +414,7 @@ def may_come_first(plan: Plan, turn: Turn, me: str, sender: str, post: Post) -> 
 @cases
 def test_first_letters_are_judged_as_by_a_second_reading_of_the_plan(case: str) -> None:
     plan, schedule = CASES[case]()
-    turns = schedule({site: msgspec.structs.asdict(counts) for site, counts in RECORDS.items()})
+    turns = schedule(sizes_of(plan))
     legal = seen = 0
     first = set[LetterKind]()
     kinds = {
@@ -417,15 +446,17 @@ def test_first_letters_are_judged_as_by_a_second_reading_of_the_plan(case: str) 
 def test_who_hears_what_can_be_read_off_the_net() -> None:
     def kinds(case: str) -> set[LetterKind]:
         plan, schedule = CASES[case]()
-        sizes = {site: msgspec.structs.asdict(counts) for site, counts in RECORDS.items()}
-        return {post.kind for turn in schedule(sizes) for post in compile(plan, turn).letters}
+        return {post.kind for turn in schedule(sizes_of(plan)) for post in compile(plan, turn).letters}
 
     assert LetterKind.LABELS in kinds("vanilla")
     assert LetterKind.LABELS not in kinds("u_shaped")
     assert LetterKind.GRADIENT in kinds("vanilla") & kinds("u_shaped")
     assert kinds("relay") == {LetterKind.ACTIVATIONS, LetterKind.TICK}
     norms = {LetterKind.SQUARE, LetterKind.NORM}
-    assert all((norms <= kinds(case)) == case.startswith(("clipped", "scaled", "private")) for case in CASES)
+    assert all(
+        (norms <= kinds(case)) == case.startswith(("clipped", "scaled", "private", "vertical clipped"))
+        for case in CASES
+    )
 
 
 def test_who_hears_nothing_back_gets_a_tick_and_cannot_run_ahead() -> None:
@@ -523,7 +554,7 @@ def test_while_joining(message: Message, words: str | None) -> None:
 
 def test_only_sites_bring_records() -> None:
     session = Players(*CASES["vanilla"]()).sessions["a"]
-    with pytest.raises(PeerError, match="is no site"):
+    with pytest.raises(PeerError, match="the plan has none there"):
         session.receive(Head("server", "a", JOB), Hello("1", Counts(1), b"", b"", b""))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,22 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from partway.blueprint import DTYPES, Network, Schemas, built, configured, example_of
 from partway.config import Job, Optimizer, Policy
 from partway.cost import Cost, forecast
-from partway.data.records import Records, Schema
-from partway.data.schema import columns_of, layout
+from partway.data.records import Records, Schema, statistics_of
+from partway.data.schema import columns_of, layout, part_of
 from partway.egress import Door, Tap
 from partway.errors import ConfigError
 from partway.ledger import Ledger
-from partway.model.cut import cut
 from partway.model.head import local_head
-from partway.model.recipe import build
 from partway.model.segment import Segment, has_batchnorm, initialise
 from partway.party import Identity, Party
-from partway.plan.configurations import CONFIGURATIONS
 from partway.plan.options import Options, with_options
 from partway.plan.phases import HELD, LOCAL_HEAD, SHELF, Schedule, Settings, at_sites, central, original
 from partway.plan.plan import Optimizing, Plan, Sizes, Turn
 from partway.plan.rate import Rate
-from partway.plan.schedules import SCHEDULES
+from partway.plan.schedules import SCHEDULES, every_party
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
 from partway.protocol.messages import Reason
 from partway.protocol.net import compile
@@ -43,7 +41,6 @@ from partway.train.stopping import Best
 from partway.train.tallies import FIGURES, Classes, Evaluation, Moments, Squares, read_figures
 from partway.train.worker import Loss, Tally, Worker
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 HALF = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What `torch.autocast` is set to."""
 
@@ -51,6 +48,20 @@ HALF = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 def schema_of(job: Job) -> Schema:
     """What a record of this job looks like. Raises `ConfigError` where only Python can say."""
     return layout(columns_of(job), job.records.scale)
+
+
+def schemas_of(job: Job, server: str = "server") -> Schemas:
+    """The same of every party that holds records."""
+    plan = configured(job, server)
+    if job.laned:
+        return dict.fromkeys(plan.holders, schema_of(job))
+    columns, found = columns_of(job), {}
+    for party in plan.holders:
+        if party not in job.holds:
+            raise ConfigError(f"the plan has records at {party}, and there is no [holds.{party}]")
+        own = layout(part_of(columns, job.holds[party]), job.records.scale)
+        found[party] = own if job.holds[party].targets else replace(own, classes=0)
+    return found
 
 
 def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
@@ -62,8 +73,8 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         epochs=training.epochs,
         batch=training.batch,
         class_weights=training.class_weights != "none",
-        standardise=job.columns is not None and schema_of(job).numeric > 0,
-        validate_every=evaluation.every if evaluation.trunk_travels or half_trained else 0,
+        standardise=job.laned and job.columns is not None and schema_of(job).numeric > 0,
+        validate_every=evaluation.every if evaluation.trunk_travels or half_trained or not job.laned else 0,
         keep_best=training.keep == "best",
         test=evaluation.trunk_travels,
         site_scores=evaluation.site_scores,
@@ -80,7 +91,8 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         micro_batch=training.micro_batch,
         scaled=training.precision == "float16",
     )
-    plan, schedule = SCHEDULES[training.schedule](CONFIGURATIONS[job.configuration](job.sites, server), settings)
+    plan = configured(job, server)
+    plan, schedule = SCHEDULES[training.schedule](plan, settings) if plan.sites else every_party(plan, settings)
     return plan, with_options(plan, schedule, options)
 
 
@@ -103,88 +115,86 @@ def optimizers_of(job: Job) -> dict[Optimizing, OptimizerOf]:
 
 
 @dataclass(frozen=True)
-class Network:
-    """A job's network, cut."""
+class Parts(Network):
+    """A job's network in pieces, with what each is and costs. A local head stands beside it."""
 
-    whole: nn.Module
-    modules: dict[str, nn.Sequential]
-    """By segment; they share the whole's weights. A local head stands beside it."""
     pieces: dict[str, Piece]
-    """What each is and costs."""
-
-    @property
-    def inputs(self) -> int:
-        """Of the first layer: from gradients of few records these can be solved for."""
-        first = next(iter(self.modules.values()))
-        return next((p[0].numel() for p in first.parameters() if p.dim() > 1), 0)
 
 
-def network_of(job: Job, policy: Policy, schema: Schema) -> Network:
-    """Builds the network by name, once the policy has allowed the name, and cuts it.
+def network_of(job: Job, policy: Policy, schema: Schema | Schemas, server: str = "server") -> Parts:
+    """Builds the network by name, once the policy has allowed the name, and cuts it, or joins those of all segments.
+
+    Args:
+        schema: of the records; of each party's, where they differ.
 
     Raises:
         Refused: the name is not allowed, or the network is too large.
         CutError: it cannot be cut there.
         ConfigError: its arguments are wrong, or it does not fit the records.
     """
-    terms = job.network
-    whole = build(terms.build, terms.arguments, policy.networks, policy.most_parameters).to(DTYPES[job.training.dtype])
-    example = torch.zeros(4, *schema.shape, dtype=DTYPES[job.training.dtype])
-    try:
-        width = tuple(whole(example).shape)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        gives = f"a record gives {schema.shape[0]} inputs: " if len(schema.shape) == 1 else ""
-        raise ConfigError(
-            f"[network] {terms.build} takes no records of shape {schema.shape}: {gives}{reason}"
-        ) from None
-    if width != (4, schema.classes):
-        told = f"[network] {terms.build} puts out {width[1:]} numbers a record"
-        raise ConfigError(f"{told}; the records have {schema.classes} classes")
-    plan = CONFIGURATIONS[job.configuration](job.sites or ("site",))
-    names = [s.name for s in plan.segments if s.kind == "net"]
-    generator = torch.Generator().manual_seed(0)
-    parts = cut(whole, torch.randn(4, *schema.shape, generator=generator), terms.cut)
-    modules = dict(zip(names, parts, strict=True))
-    pieces, tensor, half = {}, example[:1], HALF[job.training.precision]
-    for number, (name, module) in enumerate(modules.items()):
-        pieces[name], output = measure(module, tensor, first=number == 0, half=half)
-        if job.training.schedule == "half_trained" and number == 0:
-            head = local_head(output.shape[1:], schema.classes, job.training.half_trained.local_head == "hidden")
-            pieces[LOCAL_HEAD], _ = measure(head.to(example.dtype), output, first=False, half=half)
-        tensor = output
-    if LOCAL_HEAD in pieces:
-        modules[LOCAL_HEAD] = head
-    return Network(whole, modules, pieces)
+    plan = configured(job, server)
+    schemas = by_party(plan, schema)
+    network, dtype = built(job, policy, plan, schemas), DTYPES[job.training.dtype]
+    for loss in plan.losses:
+        width, classes = tuple(network.outputs[loss].shape[1:]), classes_of(plan, schemas, loss)
+        if width != (classes,):
+            what = f"[networks.{loss}]" if network.separate else f"[network] {job.builds[0]}"
+            raise ConfigError(f"{what} puts out {width} numbers a record; the records have {classes} classes")
+    pieces, half = {}, HALF[job.training.precision]
+    for name, module in network.modules.items():
+        example = example_of(plan, schemas, network.outputs, name, dtype)
+        onto_data = all(plan[e.source].kind == "records" for e in plan.edges("split") if e.target == name)
+        pieces[name], _ = measure(module, example, first=onto_data, half=half)
+    if job.training.schedule == "half_trained" and plan.sites:
+        ((bottom,), (loss,)) = at_sites(plan), plan.losses
+        output = network.outputs[bottom]
+        classes = classes_of(plan, schemas, loss)
+        head = local_head(output.shape[1:], classes, job.training.half_trained.local_head == "hidden")
+        pieces[LOCAL_HEAD], _ = measure(head.to(dtype), output, first=False, half=half)
+        network.modules[LOCAL_HEAD] = head
+    return Parts(**vars(network), pieces=pieces)
 
 
-def shapes_of(job: Job, plan: Plan, network: Network, schema: Schema) -> Shapes:
+def by_party(plan: Plan, schema: Schema | Schemas) -> Schemas:
+    """The schema of each party that holds records."""
+    return dict.fromkeys(plan.holders, schema) if isinstance(schema, Schema) else schema
+
+
+def classes_of(plan: Plan, schemas: Schemas, loss: str) -> int:
+    """How many classes the labels have that a segment's loss is told."""
+    (source,) = (e.source for e in plan.edges("split") if e.target == loss and e.kind == "labels")
+    return schemas[plan.place(plan.copies(source)[0])].classes
+
+
+def shapes_of(job: Job, plan: Plan, network: Parts, schema: Schema | Schemas) -> Shapes:
     """What every letter of the job carries."""
-    dtype, blind = DTYPES[job.training.dtype], job.training.sums == "blind"
+    dtype, blind, schemas = DTYPES[job.training.dtype], job.training.sums == "blind", by_party(plan, schema)
+    first, classes = schemas[plan.holders[0]], classes_of(plan, schemas, plan.losses[0])
+    counted = {
+        "sums": 2 * first.numeric,
+        "squares": first.numeric,
+        "classes": classes,
+        "scores": metrics.size_of_counts(classes),
+    }
     return Shapes(
         plan=plan,
         pieces={s.name: network.pieces[original(s.name)] for s in plan.segments if s.kind == "net"},
-        tallies={
-            "sums": 2 * schema.numeric,
-            "squares": schema.numeric,
-            "classes": schema.classes,
-            "scores": metrics.size_of_counts(schema.classes),
-        },
-        figures={"scores": FIGURES, "own_scores": FIGURES, "classes": schema.classes},
+        tallies=counted if plan.sites else {},
+        figures={"scores": FIGURES, "own_scores": FIGURES, "classes": classes},
         dtype=dtype,
         words={torch.float32: 1, torch.float64: 2}[dtype] if blind else 0,
         tally_words=2 if blind else 0,
     )
 
 
-def forecast_of(job: Job, schema: Schema, sizes: Sizes, server: str = "server") -> dict[str, Cost]:
+def forecast_of(job: Job, schema: Schema | Schemas, sizes: Sizes, server: str = "server") -> dict[str, Cost]:
     """What each party of a job will spend, with nothing running.
 
     Args:
-        sizes: records of each site in each part; its roster is made from them.
+        sizes: records of each party in each part; where each site has its own, the roster is made from them.
     """
-    job = msgspec.structs.replace(job, roster=dict.fromkeys(sizes, ""))
-    network = network_of(job, Policy(networks=[job.network.build], most_parameters=2**31 - 1), schema)
+    job = job if not job.laned else msgspec.structs.replace(job, roster=dict.fromkeys(sizes, ""))
+    network = network_of(job, Policy(networks=list(job.builds), most_parameters=2**31 - 1), schema, server)
     plan, schedule = plan_of(job, server)
     shapes = shapes_of(job, plan, network, schema)
     turns = [(turn, compile(plan, turn)) for turn in schedule(sizes)]
@@ -217,10 +227,10 @@ class Assembled:
     party: Party
     job: Job
     plan: Plan
-    network: Network
+    network: Parts
     ledger: Ledger
-    evaluation: Evaluation
-    """What this party has counted, or heard of counts: at a site over its own records, else over what was released."""
+    evaluations: dict[str, Evaluation]
+    """What this party has counted, or heard of counts, by tally: over its own records, or what was released or sent."""
 
 
 def assemble(
@@ -230,7 +240,7 @@ def assemble(
     roster: Mapping[str, str],
     server: str,
     place: Place,
-    schema: Schema,
+    schema: Schema | Schemas,
     signed_by: Callable[[bytes, bytes, bytes], bool],
 ) -> Assembled:
     """One party of a job, ready to start.
@@ -248,7 +258,7 @@ def assemble(
     refuse(me, judge_job(policy, me, job, operator))
     torch.set_num_threads(job.training.threads)
     plan, schedule = plan_of(job, server)
-    network = network_of(job, policy, schema)
+    network = network_of(job, policy, schema, server)
     _refuse_batchnorm(me, job, plan, network)
     shapes, dtype, device = shapes_of(job, plan, network, schema), DTYPES[job.training.dtype], device_of(place.device)
     segments = {}
@@ -262,9 +272,15 @@ def assemble(
     )
     ledger.line("job", name=job.job.name, digest=digest.hex(), party=me, operator=operator, roster=job.roster)
     door = Door(me, ledger, place.tap, place.on_release)
-    source, evaluation, classes = None, Evaluation(schema.classes), Classes(schema.classes)
+    schemas = by_party(plan, schema)
+    counted = {loss: classes_of(plan, schemas, loss) for loss in plan.losses}
+    counted = {"scores": min(counted.values())} if plan.sites else {f"scores_{loss}": n for loss, n in counted.items()}
+    evaluations = {name: Evaluation(classes) for name, classes in counted.items()}
+    source, evaluation, classes = None, next(iter(evaluations.values())), Classes(next(iter(counted.values())))
     if place.records is not None:
         source = RecordSource(place.records, secret, digest, dtype, device)
+        if not plan.sites and len(place.records.numeric):  # all patients of these columns are here
+            source.standardise(*statistics_of([place.records]))
     rule = Best(job.training.patience)
     worker = Worker(
         plan,
@@ -273,8 +289,8 @@ def assemble(
         optimizers=optimizers_of(job),
         source=source,
         stores={c.segment: Shelf(job.sites, secret, digest) for c in plan.placed(me, "store") if c.segment == SHELF},
-        tallies=_tallies(source, evaluation, classes),
-        judges=dict.fromkeys(("scores", HELD), lambda: rule.look(evaluation.all[-1][2])),
+        tallies=_tallies(source, evaluation, classes) if plan.sites else evaluations,
+        judges=dict.fromkeys((*counted, HELD), lambda: rule.look(evaluation.all[-1][2])),
         reports={"scores": evaluation.report_all, "own_scores": evaluation.report_own, "classes": classes.report},
         account=door.account,
         draws=lambda turn, m, copy: forward_seed(secret, digest, turn, m, copy),
@@ -301,8 +317,9 @@ def assemble(
         judge=judge,
         signed_by=signed_by,
         blind=job.training.sums == "blind",
+        group=derived(secret, "group", digest.hex()),
     )
-    return Assembled(party=party, job=job, plan=plan, network=network, ledger=ledger, evaluation=evaluation)
+    return Assembled(party=party, job=job, plan=plan, network=network, ledger=ledger, evaluations=evaluations)
 
 
 def _weighted(classes: Classes, worker: Worker) -> Loss:
@@ -323,7 +340,7 @@ def _tallies(source: RecordSource | None, evaluation: Evaluation, classes: Class
     return {"sums": moments, "squares": Squares(source, moments), "classes": classes, "scores": evaluation}
 
 
-def _refuse_batchnorm(me: str, job: Job, plan: Plan, network: Network) -> None:
+def _refuse_batchnorm(me: str, job: Job, plan: Plan, network: Parts) -> None:
     for name, module in network.modules.items():
         if not (found := has_batchnorm(module)):
             continue
@@ -344,14 +361,15 @@ def device_of(name: str) -> str:
 
 def result_of(assembled: Assembled, seconds: float) -> Result:
     """What this party knows at the end."""
-    party, job, evaluation = assembled.party, assembled.job, assembled.evaluation
+    party, job, evaluations = assembled.party, assembled.job, assembled.evaluations
+    evaluation = next(iter(evaluations.values()))
     worker, me = party.worker, party.me
     scores = ("report", "report_own")
     told = [(turn, site, read_figures(row)) for turn, site, row in worker.board if turn.flow in scores]
     seen: list[tuple[str, int, Scores]] = [(t.records, t.epoch, s) for t, _, s in told if t.flow == "report"]
     seen += evaluation.all
     sites = {site: s for turn, site, s in told if turn.flow == "report_own"}
-    if "test" in evaluation.own:
+    if "test" in evaluation.own and assembled.plan.sites:
         sites[me] = evaluation.own["test"]
     weights = weights_of(assembled)
     return Result(
@@ -398,12 +416,15 @@ def weights_of(assembled: Assembled) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for copy, segment in party.worker.segments.items():
         if original(copy.segment) in terms[party.me]:
-            tensors.update({name: tensor.cpu() for name, tensor in segment.tensors().items()})
+            prefix = assembled.network.prefix(original(copy.segment))
+            tensors.update({prefix + name: tensor.cpu() for name, tensor in segment.tensors().items()})
     return tensors
 
 
 def _holders(job: Job, plan: Plan) -> dict[str, list[str]]:
     """Who holds which segments at the end, by the job's `[result]`."""
+    if not plan.sites:
+        return {p: [n for n in plan.nets if plan.place(plan.copies(n)[0]) == p] for p in plan.parties}
     sites, hub = list(at_sites(plan)), list(central(plan))
     at_site = sites + (hub if job.result.trunk == "everyone" else [])
     at_hub = hub + (sites if job.result.bottom == "everyone" else [])

@@ -238,9 +238,9 @@ def job_sign(
     text, schema = job_texts(file)
     parsed = read_job(text, str(file), schema)
     signed = pki.sign_job(pki.Identity.load(identity), text, schema or b"")
-    from partway.assembly import network_of, schema_of
+    from partway.assembly import network_of, schemas_of
 
-    network_of(parsed, Policy(networks=[parsed.network.build], most_parameters=2**31 - 1), schema_of(parsed))
+    network_of(parsed, Policy(networks=list(parsed.builds), most_parameters=2**31 - 1), schemas_of(parsed))
     path = file.with_suffix(".signed")
     path.write_bytes(signed)
     _show({"signed": str(path)}, json, f"Signed: {path}")
@@ -423,11 +423,11 @@ def cost(job_file: JobFile, data: Data = None, json: Json = False) -> None:
     from partway.config import read_job_file
 
     parsed = read_job_file(job_file)
-    from partway.assembly import forecast_of, schema_of
+    from partway.assembly import forecast_of, schemas_of
     from partway.data.sets import records_for
 
     records = records_for(parsed, data)(parsed.job.seed)
-    costs = forecast_of(parsed, schema_of(parsed), {site: records[site].sizes for site in sorted(records)})
+    costs = forecast_of(parsed, schemas_of(parsed), {site: records[site].sizes for site in sorted(records)})
     text = [f"{'party':<16}{'MFLOP':>12}{'MB up':>10}{'MB down':>10}{'exchanges':>11}"]
     for party, spent in costs.items():
         moved = "".join(f"{nbytes / 1e6:>10.2f}" for nbytes in (spent.bytes_up, spent.bytes_down))
@@ -512,9 +512,9 @@ def predict(
     from partway.finished import predict as predicted
 
     finished = load(run, (*ZOO, *(site.policy.networks if site else ()), *(network or ())))
-    where = (
-        site.data if site else Connection(path=str(file), connector="parquet" if file.suffix == ".parquet" else "csv")
-    )
+    where = site.data if site else None
+    if where is None:
+        where = Connection(path=str(file), connector="parquet" if file.suffix == ".parquet" else "csv")
     table = load_table(file.parent / where.path if site else file, where.connector)
     text = predicted(finished, table, where.site, where.units)
     if to is None:

@@ -33,6 +33,7 @@ import msgspec
 from msgspec import Meta, field
 
 from partway.errors import ConfigError, UsageError
+from partway.plan.plan import EACH
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Positive = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -61,8 +62,56 @@ class JobNetwork(Settings, frozen=True, kw_only=True):
     """`module:name`, compared as an exact string with each party's policy before anything is imported."""
     arguments: dict[str, Any] = {}
     """Of the network, as its recipe bounds them."""
-    cut: Annotated[list[Annotated[str, Meta(max_length=200)]], Meta(min_length=1, max_length=2)]
-    """Module paths after which the network is cut: one for vanilla, two for a U-shape."""
+    cut: Annotated[list[Annotated[str, Meta(max_length=200)]], Meta(min_length=1, max_length=64)]
+    """Module paths after which the network is cut: one for vanilla, two for a U-shape, one a hop."""
+
+
+class SegmentNetwork(Settings, frozen=True, kw_only=True):
+    """`[networks.SEGMENT]`: installed code by name, where each segment of the plan is a network of its own."""
+
+    build: Annotated[str, Meta(max_length=200)]
+    arguments: dict[str, Any] = {}
+
+
+class Held(Settings, frozen=True, kw_only=True):
+    """`[holds.PARTY]`: what one party has of the same patients as the others."""
+
+    columns: tuple[Annotated[str, Meta(min_length=1, max_length=200)], ...] = ()
+    """Of the schema."""
+    targets: tuple[Annotated[str, Meta(min_length=1, max_length=200)], ...] = ()
+    """Of the schema: which labels are here."""
+
+
+class PlanSegment(Settings, frozen=True, kw_only=True):
+    """One of `[plan] segments`"""
+
+    name: Name
+    at: Annotated[str, Meta(min_length=1, max_length=64)] = EACH
+    """A party; or `each site`, with a copy at each."""
+    copies: Literal["one", "each site"] = "one"
+    """`each site`: a copy for every site, all at one party."""
+    kind: Literal["net", "records"] = "net"
+    join: Literal["features", "sum"] = "features"
+    """Of what several other segments put out."""
+
+
+class PlanEdge(Settings, frozen=True, kw_only=True):
+    """One of `[plan] edges`"""
+
+    source: Name
+    target: Name
+    kind: Literal["activations", "labels"] = "activations"
+    gradient: bool = True
+    """Of activations of a network: whether a gradient comes back."""
+    field: str = ""
+    """Of labels: which target, where the source has several."""
+
+
+class OwnPlan(Settings, frozen=True, kw_only=True):
+    """`[plan]`, with `configuration = "plan"`: which segments there are, where they live, what runs between them."""
+
+    segments: Annotated[tuple[PlanSegment, ...], Meta(min_length=1, max_length=200)]
+    edges: Annotated[tuple[PlanEdge, ...], Meta(min_length=1, max_length=1000)]
 
 
 class Optimizer(Settings, frozen=True, kw_only=True):
@@ -102,6 +151,11 @@ class HalfTrained(Settings, frozen=True, kw_only=True):
     """Epochs of `synchronous` afterwards, in which gradients reach the bottoms again."""
 
 
+Configuration = Literal["vanilla", "u_shaped", "vertical", "extended_vanilla", "multi_task", "multi_hop", "plan"]
+LANED = ("vanilla", "u_shaped")
+"""Configurations in which each site has patients of its own."""
+
+
 class RateSchedule(Settings, frozen=True, kw_only=True):
     """`rate` of `[training]`: how the learning rate of `optimizer` goes over the steps of the whole run."""
 
@@ -120,9 +174,15 @@ class RateSchedule(Settings, frozen=True, kw_only=True):
 class Training(Settings, frozen=True, kw_only=True):
     """`[training]`"""
 
-    configuration: Literal["vanilla", "u_shaped"] | None = None
+    configuration: Configuration | None = None
     """`vanilla` sends labels to the server; `u_shaped` keeps them, with a head at the sites. If it is not said, one cut
-    makes it `vanilla`, two a U-shape."""
+    makes it `vanilla`, two a U-shape. The others are in `docs/configurations.md`; `plan` is one of your own."""
+    join: Literal["features", "sum"] = "features"
+    """Where several parties' outputs meet: side by side, or added."""
+    middle: str = ""
+    """Of `extended_vanilla`: the site at which they meet."""
+    hops: tuple[Name, ...] = ()
+    """Of `multi_hop`: the parties before the server, in order; the first holds the features."""
     schedule: Literal["synchronous", "half_trained"] = "synchronous"
     """In which order the parties train; see `docs/schedules.md`."""
     epochs: Positive = 20
@@ -244,6 +304,8 @@ class SchemaHeader(Settings, frozen=True, kw_only=True):
     """A label means what its first letters mean."""
     site: ColumnName | None = None
     """The column that says the site, where one file has several sites' records."""
+    id: ColumnName | None = None
+    """The column by which parties that hold different columns match their records; without it, rows go by number."""
 
 
 class Columns(Settings, frozen=True, kw_only=True):
@@ -267,7 +329,13 @@ class Job(Settings, frozen=True, kw_only=True):
     """One training run of a federation."""
 
     job: JobHeader
-    network: JobNetwork
+    network: JobNetwork | None = None
+    """One network, cut."""
+    networks: dict[Name, SegmentNetwork] = {}
+    """Or one for each segment of the plan."""
+    holds: dict[Name, Held] = {}
+    """Where parties hold different columns of the same patients: who holds what."""
+    plan: OwnPlan | None = None
     training: Training = field(default_factory=Training)
     records: JobRecords = field(default_factory=JobRecords)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -282,9 +350,27 @@ class Job(Settings, frozen=True, kw_only=True):
         return tuple(sorted(self.roster))
 
     @property
-    def configuration(self) -> Literal["vanilla", "u_shaped"]:
+    def configuration(self) -> Configuration:
         """As it was said, or by the number of cuts."""
-        return self.training.configuration or ("u_shaped" if len(self.network.cut) > 1 else "vanilla")
+        return self.training.configuration or ("u_shaped" if len(self.cuts) > 1 else "vanilla")
+
+    @property
+    def laned(self) -> bool:
+        """Each site has patients of its own."""
+        if self.plan is not None:
+            return any(EACH in (segment.at, segment.copies) for segment in self.plan.segments)
+        return self.configuration in LANED
+
+    @property
+    def cuts(self) -> list[str]:
+        """Where the network is cut, if it is one."""
+        return self.network.cut if self.network is not None else []
+
+    @property
+    def builds(self) -> tuple[str, ...]:
+        """The names of all networks."""
+        own = [self.network.build] if self.network is not None else []
+        return tuple(dict.fromkeys([*own, *(n.build for n in self.networks.values())]))
 
     @property
     def epochs_at_sites(self) -> int:
@@ -342,6 +428,9 @@ class Connection(Settings, frozen=True, kw_only=True):
     """Relative to the site file. A CSV file has a header and commas, and may be compressed (`.gz`)."""
     site: Name | None = None
     """Only this site's rows are read, by the schema's site column; without it all are."""
+    ids: str = ""
+    """A file of the agreed ids, one a line, relative to the site file: where other parties hold other columns of the
+    same patients. Without it, all ids of this file count, sorted."""
     units: dict[str, str] = {}
     """By column, the unit in this file, where the schema's must be confirmed."""
 
@@ -367,7 +456,8 @@ class Site(Settings, frozen=True, kw_only=True):
     """A hospital's own file; the server never sees it."""
 
     site: SiteHeader
-    data: Connection
+    data: Connection | None = None
+    """None at a party that only runs layers."""
     policy: Policy
 
 
@@ -392,6 +482,8 @@ class Server(Settings, frozen=True, kw_only=True):
     """The server's own file."""
 
     server: ServerHeader = field(default_factory=ServerHeader)
+    data: Connection | None = None
+    """Where the server holds labels or columns."""
     policy: Policy
 
 
@@ -405,11 +497,7 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
         schema: the text of the schema file that `[records] schema` names, if it names a file.
     """
     job = _read(text, Job, where)
-    cuts = {"vanilla": 1, "u_shaped": 2}[job.configuration]
-    if len(job.network.cut) != cuts:
-        raise ConfigError(
-            f"{where}: {job.configuration} needs {cuts} cut(s), [network] cut names {len(job.network.cut)}"
-        )
+    _check_parts(job, where, "schedule" in _words(text, where).get("training", {}))
     if job.training.schedule == "half_trained" and job.configuration != "vanilla":
         raise ConfigError(
             f"{where}: half_trained needs `vanilla`, with one cut, for the server trains by the labels; "
@@ -430,6 +518,31 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
     if schema is None:
         raise ConfigError(f"{where}: [records] schema = `{name}` is a file, and only the job's text was given")
     return msgspec.structs.replace(job, columns=read_schema(schema, name))
+
+
+def _check_parts(job: Job, where: str, scheduled: bool) -> None:
+    """What a configuration needs of the job is there, and nothing else."""
+    name, training = job.configuration, job.training
+    cuts = {"vanilla": 1, "u_shaped": 2, "multi_hop": len(training.hops)}.get(name, 0)
+    if len(job.cuts) != cuts:
+        raise ConfigError(f"{where}: {name} needs {cuts} cut(s), [network] cut names {len(job.cuts)}")
+    if bool(cuts) == bool(job.networks):
+        needs = "one [network] that is cut" if cuts else "a network for each segment, [networks.SEGMENT]"
+        raise ConfigError(f"{where}: {name} needs {needs}, and no other")
+    if (name == "plan") != (job.plan is not None):
+        raise ConfigError(f"{where}: [plan] belongs to configuration = `plan`, and it to that")
+    if job.laned:
+        if job.holds:
+            raise ConfigError(f"{where}: [holds] is for parties with different columns; in {name} each site has all")
+        return
+    if scheduled:
+        raise ConfigError(f"{where}: in {name} every party has a part in every step, so there is no schedule to choose")
+    if training.class_weights != "none":
+        raise ConfigError(f"{where}: class_weights are for configurations in which sites have patients of their own")
+    if name != "plan" and not any(held.targets for held in job.holds.values()):
+        raise ConfigError(f"{where}: {name} needs who holds the labels: [holds.PARTY] targets")
+    if name == "extended_vanilla" and not training.middle:
+        raise ConfigError(f"{where}: extended_vanilla needs the site where the outputs meet: [training] middle")
 
 
 def _check_options(training: Training, where: str) -> None:

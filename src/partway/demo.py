@@ -160,7 +160,7 @@ def _added(losses: list[list[float]]) -> list[float]:
 
 def _attack(job: Job, ran: Ran, seed: int) -> float:
     """The server, told by one site what it knows, decodes the others' training records from the cut."""
-    allowed = Policy(networks=[job.network.build])
+    allowed = Policy(networks=list(job.builds))
     bottom = network_of(job, allowed, thyroid.SCHEMA).modules["bottom"]
     held = load_file(ran.folders[TELLS] / "network.safetensors")
     bottom.load_state_dict({name: held[name] for name in bottom.state_dict()})

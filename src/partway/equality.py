@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from partway.assembly import DTYPES, Network, network_of, optimizer_of, plan_of
+from partway.assembly import Parts, network_of, optimizer_of, plan_of
+from partway.blueprint import DTYPES
 from partway.config import Job, Policy
 from partway.data.records import Records, statistics_of
 from partway.model.segment import initialise
@@ -71,9 +72,9 @@ class _Plain:
         self, job: Job, digest: bytes, secrets: Mapping[str, bytes], records: Mapping[str, Records], server: str
     ) -> None:
         self.job, self.digest, self.secrets, self.records, self.server = job, digest, secrets, records, server
-        allowed = Policy(networks=[job.network.build], most_parameters=2**31 - 1)
+        allowed = Policy(networks=list(job.builds), most_parameters=2**31 - 1)
         schema = next(iter(records.values())).schema
-        self.network: Network = network_of(job, allowed, schema)
+        self.network: Parts = network_of(job, allowed, schema)
         plan, _ = plan_of(job, server)
         self.at_sites = (*at_sites(plan), LOCAL_HEAD)
         self.losses: list[float] = []

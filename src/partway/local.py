@@ -89,15 +89,19 @@ class LocalFederation:
 
     Args:
         folder: where everything is left.
-        records: by site, its CSV file.
+        records: by site, its CSV file; None at one that only runs layers. The server's too, if it has labels or columns.
         policy: of every site, over what training on these records needs.
         silence: seconds without a sign of life after which a link is given up.
     """
 
     def __init__(
-        self, folder: Path, records: Mapping[str, Path], policy: Mapping[str, Any] | None = None, silence: float = 30
+        self,
+        folder: Path,
+        records: Mapping[str, Path | None],
+        policy: Mapping[str, Any] | None = None,
+        silence: float = 30,
     ) -> None:
-        self.folder, self.sites = folder, tuple(records)
+        self.folder, self.sites = folder, tuple(name for name in records if name != SERVER)
         self.processes: dict[str, Process] = {}
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._steward = pki.Authority.create("local")
@@ -106,13 +110,13 @@ class LocalFederation:
         identities = {SERVER: self._admit(SERVER, pki.Role.SERVER, ["localhost"])}
         allowed = {"networks": ["partway.model.zoo:mlp"], "operators": [OPERATOR], "labels_may_leave": True}
         header = {"listen": "localhost:0", "silence": silence}
-        self._write(SERVER, server=header, policy={**allowed, **_SERVER_ALLOWS})
-        for site, path in records.items():
+        self._write(SERVER, server=header, policy={**allowed, **_SERVER_ALLOWS}, data=_data(records.get(SERVER)))
+        for site in self.sites:
             identities[site] = self._admit(site, pki.Role.SITE)
             self._write(
                 site,
                 site={"name": site, "server": "localhost:0", "silence": silence},
-                data={"path": str(path.resolve())},
+                data=_data(records[site]),
                 policy={**allowed, "scores_may_leave": True, **(policy or {})},
             )
         self.fingerprints = {name: identity.fingerprint for name, identity in identities.items()}
@@ -282,6 +286,14 @@ class LocalFederation:
         (self.folder / party / name).write_text(toml(sections))
 
 
+def _data(records: Path | None) -> dict[str, str]:
+    """`[data]`, with the agreed ids if they lie beside the records."""
+    if records is None:
+        return {}
+    ids = records.resolve().with_name("ids.txt")
+    return {"path": str(records.resolve()), **({"ids": str(ids)} if ids.exists() else {})}
+
+
 def _collect(process: Process, lines: TextIO) -> None:
     with lines:
         process.errors.extend(lines)
@@ -304,6 +316,7 @@ def toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(
         f"[{name}]\n" + "".join(f"{key} = {value(v)}\n" for key, v in section.items() if v is not None)
         for name, section in sections.items()
+        if section
     )
 
 

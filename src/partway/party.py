@@ -55,6 +55,8 @@ class Party:
         judge: raises `Refused` if the policy does not allow these turns; it is asked before turn 0.
         signed_by: (key, signature, data) -> whether the key made the signature.
         blind: sums are blind; else they are added in the clear.
+        group: the key that this party would hand out to the others that hold columns of the same records; None draws
+            one.
     """
 
     def __init__(
@@ -71,12 +73,15 @@ class Party:
         judge: Callable[[Sequence[Turn], Sizes], None],
         signed_by: Callable[[bytes, bytes, bytes], bool],
         blind: bool = True,
+        group: bytes | None = None,
     ) -> None:
         self.me, self.plan, self.worker, self.door = identity.name, plan, worker, door
         self._hub, self._job, self._identity, self._roster = plan.hub, job, identity, dict(roster)
-        self._judge, self._signed_by, self._blind = judge, signed_by, blind
+        self._judge, self._signed_by, self._blind, self._group = judge, signed_by, blind, group
         self._sum: BlindSum | None = None
-        self._keys = Keys(self.me, job) if self.me in plan.sites else None
+        self._keyed = [p for p in plan.parties if p != plan.hub or p in plan.holders]
+        """Who has keys: all between whom something is sealed."""
+        self._keys = Keys(self.me, job) if self.me in self._keyed else None
         public = self._keys.public if self._keys else b""
         signature = identity.sign(statement(job, 0, self.me, public))
         hello = Hello(__version__, Counts(**records), identity.key_der, public, signature)
@@ -246,7 +251,7 @@ class Party:
             key = self.session.hellos[sender].certificate_key
             if not self._signed_by(key, message.signature, self._agreement_of(sender, message.digest)):
                 raise PeerError(sender, "sent a READY that its key did not sign")
-            if self._sum and sender in self.plan.sites and message.confirmation != self._sum.confirmation(sender):
+            if self._sum and sender in self.plan.holders and message.confirmation != self._sum.confirmation(sender):
                 raise PeerError(sender, "holds another group key: somebody stands between the sites")
 
     def _agreement_of(self, name: str, digest: bytes) -> bytes:
@@ -262,19 +267,31 @@ class Party:
         self.door.agree(self.worker.shapes, session.turns, session.nets, keys.seal if keys else None)
         if keys is None:
             return self._ready()
-        hellos = {site: session.hellos[site] for site in self.plan.sites}
-        keys.agree({site: Public(hello.certificate_key, hello.public) for site, hello in hellos.items()})
+        hellos = {party: session.hellos[party] for party in self._keyed}
+        publics = {party: Public(hello.certificate_key, hello.public) for party, hello in hellos.items()}
+        laned = bool(self.plan.sites)
+        keys.agree(publics, self.plan.holders, "" if laned else self.plan.holders[0])
+        if self.me not in keys.seats:
+            return self._ready()
         self._sum = BlindSum(keys)
         self.worker.sums = self._sum if self._blind else ClearSum()
         if keys.seats[0] != self.me:
             return []
-        return session.hand_out(self._sum.offer()) + self._ready()
+        offered = self._sum.offer(None if laned else self._group)
+        self._share_order()
+        return session.hand_out(offered) + self._ready()
 
     def _unwrap(self, effect: Unwrap) -> list[Effect]:
         if self._keys is None or self._sum is None or effect.sender != self._keys.seats[0]:
             raise PeerError(effect.sender, "handed out a group key without holding the first seat")
         self._sum.accept(effect.sealed)
+        self._share_order()
         return self._ready()
+
+    def _share_order(self) -> None:
+        """Who hold columns of the same records take them in one order, from what only they know."""
+        if not self.plan.sites and self._sum is not None and self.worker.source is not None:
+            self.worker.source.share(self._sum.secret(b"order"))
 
     def _ready(self) -> list[Effect]:
         digest = self.session.agreement

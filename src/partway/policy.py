@@ -34,11 +34,12 @@ def refuse(me: str, objections: Iterable[Objection]) -> None:
 
 def judge_job(policy: Policy, me: str, job: Job, operator: str) -> Iterator[Objection]:
     """The job as its operator wrote and signed it."""
-    training, build = job.training, job.network.build
+    training = job.training
     if operator not in policy.operators:
         yield Objection(Reason.OPERATOR, f"operator {operator} is not in [policy] operators")
-    if build not in policy.networks:
-        yield Objection(Reason.NETWORK, f"network {build} is not in [policy] networks")
+    for build in job.builds:
+        if build not in policy.networks:
+            yield Objection(Reason.NETWORK, f"network {build} is not in [policy] networks")
     if (epochs := job.epochs_at_sites) > policy.most_epochs:
         words = f"{epochs} epochs; [policy] most_epochs is {policy.most_epochs}"
         yield Objection(Reason.EPOCHS, words)

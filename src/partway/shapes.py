@@ -141,10 +141,11 @@ class Shapes:
             plain = (Spec("x", NAMES[self.pieces[source].dtype], (rows, *self.pieces[source].output)),)
             if self.plan[target].kind == "store":
                 plain += (Spec("made_by", "uint8", (32,)),)
+            plain += self._proof
         elif kind is LetterKind.GRADIENT:
             plain = (Spec("x", NAMES[self.pieces[target].dtype], (rows, *self.pieces[target].output)),)
         elif kind is LetterKind.LABELS:
-            plain = (Spec("x", "int64", (rows,)),)
+            plain = (Spec("x", "int64", (rows,)), *self._proof)
         elif kind is LetterKind.SCORES:
             plain = (Spec("x", "float64", (1, self.figures[source])),)
         elif kind in (LetterKind.SHARE, LetterKind.SUM):
@@ -159,6 +160,11 @@ class Shapes:
             plain = (Spec("x", "float64", (1,)),)
         wire = (Spec("sealed", "uint8", (payload_size(plain) + SEAL_BYTES,)),) if plain and sealed else plain
         return Carried(plain, wire, payload_size(wire))
+
+    @property
+    def _proof(self) -> tuple[Spec, ...]:
+        """Where parties hold columns of the same records: a hash of which records these rows are of."""
+        return () if self.plan.sites else (Spec("rows", "uint8", (32,)),)
 
     def _summed(self, segment: str) -> Spec:
         if segment in self.tallies:

@@ -12,7 +12,8 @@ import msgspec
 from torch.utils.data import Dataset
 
 from partway import pki
-from partway.assembly import Assembled, Place, assemble, result_of, schema_of
+from partway.assembly import Assembled, Place, assemble, result_of, schemas_of
+from partway.blueprint import Schemas, configured
 from partway.config import Job, Policy, read_job, read_job_file
 from partway.data.records import Records
 from partway.egress import Tap
@@ -26,10 +27,10 @@ from partway.wire import frames
 SERVER = "server"
 
 
-def permissive(build: str) -> Policy:
+def permissive(*builds: str) -> Policy:
     """What a simulated party allows: everything, for nobody's records leave this process."""
     return Policy(
-        networks=[build],
+        networks=list(builds),
         operators=["simulate"],
         labels_may_leave=True,
         scores_may_leave=True,
@@ -116,20 +117,16 @@ def federation(
         folder: each party's ledger goes into a folder of its name here.
     """
     steward = pki.Authority.create("simulate")
-    identities = {site: steward.admit(site, pki.Role.SITE) for site in sorted(records)}
+    names = sorted(records) if job.laned else [p for p in configured(job, SERVER).parties if p != SERVER]
+    identities = {site: steward.admit(site, pki.Role.SITE) for site in names}
     identities[SERVER] = steward.admit(SERVER, pki.Role.SERVER, ["localhost"])
     everyone = {name: identity.fingerprint for name, identity in identities.items()}
     # Keys are fresh in each run, and what stands for the signed job is not: the same job draws the same again.
-    unsigned = msgspec.structs.replace(job, roster=dict.fromkeys(sorted(records), ""))
+    unsigned = msgspec.structs.replace(job, roster=dict.fromkeys(names, ""))
     digest = derived(b"partway/simulate", msgspec.json.encode(unsigned, order="sorted").hex())
-    job = msgspec.structs.replace(job, roster={site: everyone[site] for site in records})
+    job = msgspec.structs.replace(job, roster={site: everyone[site] for site in names})
     secrets = {name: derived(b"partway/simulate", job.job.seed, name) for name in identities}
-    schemas = {r.schema for r in records.values()}
-    if len(schemas) != 1:
-        raise DataError(f"the sites' records do not look alike: {', '.join(sorted(map(str, schemas)))}")
-    (schema,) = schemas
-    if job.columns is not None and schema != schema_of(job):
-        raise DataError(f"the job's records are {schema_of(job)}; those given are {schema}")
+    schemas = _schemas(job, records)
     parties = {}
     for name, identity in identities.items():
         home = folder / name if folder else None
@@ -137,15 +134,29 @@ def federation(
             home.mkdir(parents=True, exist_ok=True)
         place = Place(
             identity=identity,
-            policy=(policies or {}).get(name) or permissive(job.network.build),
+            policy=(policies or {}).get(name) or permissive(*job.builds),
             secret=secrets[name],
             records=records.get(name),
             folder=home,
             device=device,
             tap=(taps or {}).get(name),
         )
-        parties[name] = assemble(job, digest, "simulate", everyone, SERVER, place, schema, pki.signed_by)
+        parties[name] = assemble(job, digest, "simulate", everyone, SERVER, place, schemas, pki.signed_by)
     return Federation(job, digest, secrets, parties)
+
+
+def _schemas(job: Job, records: Mapping[str, Records]) -> Schemas:
+    """What each party's records look like. Raises `DataError` if they are not what the job says."""
+    found = {party: r.schema for party, r in records.items()}
+    if job.laned and len(set(found.values())) != 1:
+        looks = sorted(map(str, set(found.values())))
+        raise DataError(f"the sites' records do not look alike: {', '.join(looks)}")
+    for party, due in schemas_of(job).items() if job.columns is not None else ():
+        if party in found and found[party] != due:
+            raise DataError(f"the job's records are {due}; those given of {party} are {found[party]}")
+    if not job.laned and (missing := [p for p in configured(job, SERVER).holders if p not in found]):
+        raise DataError(f"no records are given of {', '.join(missing)}")
+    return found
 
 
 def simulate(
@@ -201,9 +212,9 @@ def together(whole: Federation, seconds: float) -> Result:
         result.sites.update(own.sites)
         result.cost.update(own.cost)
         result.ledgers.update(own.ledgers)
-        result.all, result.validation = own.all, own.validation or result.validation
+        result.all, result.validation = own.all or result.all, own.validation or result.validation
         result.weights.update(own.weights)
-        result.scaling = own.scaling
+        result.scaling = own.scaling if whole.job.laned else {}
         result.whole = result.whole or own.whole
     state = next(iter(whole.parties.values())).network.whole.state_dict()
     result.whole = result.weights.keys() == state.keys()

@@ -16,10 +16,10 @@ from torch.optim import lr_scheduler as torch_rates
 
 from federations import SITES, SIZES, bits, difference, job_of, records_of, small
 from federations import pooled as as_planned
+from partway import blueprint
 from partway.equality import _Plain
 from partway.errors import ConfigError, JobFailed, PeerError, Refused
 from partway.model.segment import initialise
-from partway.plan import configurations as configurations_of
 from partway.plan import schedules
 from partway.plan.configurations import vanilla
 from partway.plan.phases import Schedule, Settings
@@ -326,7 +326,7 @@ def test_lanes_that_nothing_joins_have_a_norm_each(precision: str, monkeypatch: 
         whole, schedule = private(plan, settings)
         return whole, lambda sizes: tuple(replace(t, divisor=None) if t.train else t for t in schedule(sizes))
 
-    monkeypatch.setitem(configurations_of.CONFIGURATIONS, "vanilla", a_trunk_a_site)
+    monkeypatch.setattr(blueprint, "vanilla", a_trunk_a_site)
     monkeypatch.setitem(schedules.SCHEDULES, "synchronous", apart)
     half = torch.float16 if precision == "float16" else None
     records = {site: records_of(site, n) for site, n in SIZES.items()}

@@ -61,7 +61,8 @@ def job_of(base: Job, method: str, rate: float, seed: int) -> Job:
         batch=like.batch,
         optimizer=Optimizer(name="adam", lr=rate),
     )
-    cut = base.network.cut if u_shaped else base.network.cut[:1]
+    assert base.network is not None
+    cut = base.cuts if u_shaped else base.cuts[:1]
     return msgspec.structs.replace(
         base,
         job=msgspec.structs.replace(base.job, seed=seed),
@@ -292,7 +293,7 @@ def _as_they_end(futures: Mapping[Future[T], str]) -> Iterator[tuple[str, T]]:
 
 def _task(base: Job, records: Mapping[str, Records], seed: int) -> Task:
     job = job_of(base, "split", 1.0, seed)
-    allowed = Policy(networks=[job.network.build], most_parameters=2**31 - 1)
+    allowed = Policy(networks=list(job.builds), most_parameters=2**31 - 1)
     schema = next(iter(records.values())).schema
     return Task(build=lambda: network_of(job, allowed, schema).modules.values(), records=records, seed=seed)
 

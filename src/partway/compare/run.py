@@ -18,7 +18,7 @@ from partway.compare.page import page
 from partway.compare.picture import draw_all
 from partway.config import Job
 from partway.data.records import Records
-from partway.errors import UsageError
+from partway.errors import ConfigError, UsageError
 from partway.report import machine, write_whole
 from partway.train.tuning import METHODS
 
@@ -35,9 +35,11 @@ def compare(job: Job, records_of: RecordsOf, folder: Path, seeds: int, as_json: 
         seeds: each divides the records, draws orders and first weights anew.
         as_json: print one JSON object instead of tables; progress goes to stderr.
     """
+    if not job.laned or job.network is None:
+        raise ConfigError("what is compared is one network, cut once or twice, over sites with patients of their own")
     began = time.monotonic()
     console, home, found = begin("a comparison", job, records_of(0), folder, seeds, as_json)
-    methods = [m for m in OURS if m != "u_shaped" or len(job.network.cut) > 1]
+    methods = [m for m in OURS if m != "u_shaped" or len(job.cuts) > 1]
     with workers() as pool, console.status("") as line:
         learn_rates(found, tune(pool, job, records_of(TUNED_ON)), line.update)
         rates = {name: chosen.rate for name, chosen in found.tuning.items() if name not in OURS}

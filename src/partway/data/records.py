@@ -10,7 +10,7 @@ tensor([[-1.,  0.],
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,8 @@ class Records:
         labels: int64, shape (n,), from 0 to `classes` - 1.
         numeric: columns of a table that are to be standardised.
         division: indices of the records in each part.
+        ids: of all records, where other parties hold columns of the same ones; without them, their numbers.
+        present: which of them are here, shape (n,), bool; the features of the others count as not measured.
     """
 
     def __init__(
@@ -55,10 +57,13 @@ class Records:
         classes: int,
         numeric: tuple[int, ...],
         division: Mapping[Part, Tensor],
+        ids: Sequence[str] = (),
+        present: Tensor | None = None,
     ) -> None:
         self.features, self.labels = features.double(), labels.long()
         self.numeric = torch.tensor(numeric, dtype=torch.int64)
         self.division = {part: index.long() for part, index in division.items()}
+        self.ids, self.present = tuple(ids), present
         self.schema = Schema(shape=tuple(features.shape[1:]), classes=classes, numeric=len(numeric))
 
     @classmethod

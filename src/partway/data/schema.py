@@ -15,10 +15,11 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
-from partway.config import Category, Column, Columns, Flag, Job, Numeric, Scale
+from partway.config import Category, Column, Columns, Flag, Held, Job, Numeric, Scale
 from partway.data.records import Schema
 from partway.errors import ConfigError
 
@@ -88,6 +89,19 @@ def columns_of(job: Job) -> Columns:
         words = "[records] schema = `dataset` is for partway.simulate, from Python; a site's file is read by a schema"
         raise ConfigError(words)
     return job.columns
+
+
+def part_of(columns: Columns, held: Held) -> Columns:
+    """The schema of what one party holds of the same patients as others.
+
+    Raises:
+        ConfigError: it holds a column or a target that the schema has not.
+    """
+    for name in held.columns:
+        if name not in columns.columns:
+            raise ConfigError(f"[holds] names the column `{name}`, which is not in the schema {columns.schema.name}")
+    own = {name: columns.columns[name] for name in held.columns}
+    return msgspec.structs.replace(columns, columns=own)
 
 
 def features_of(columns: Columns, scale: Scale) -> list[Feature]:

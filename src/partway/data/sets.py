@@ -11,7 +11,10 @@ import gzip
 from collections.abc import Callable
 from pathlib import Path
 
-from partway.config import SCHEMAS, Job, Scale, bundled_schema
+import msgspec
+
+from partway.config import SCHEMAS, Job, JobHeader, Scale, bundled_schema
+from partway.data import matched
 from partway.data.records import Records
 from partway.data.schema import columns_of
 from partway.data.table import Table, load, records_of, site_names, sites_of
@@ -36,12 +39,24 @@ def records_for(job: Job, data: Path | None) -> Callable[[int], dict[str, Record
         ConfigError, DataError: the job has no schema, or the file does not fit it.
     """
     scale = job.records.scale
+    if data is None and job.records.schema not in SCHEMAS:
+        raise UsageError(f"no records are bundled for {job.records.schema}: name a file of all sites' with --data")
+    if not job.laned:
+        table = _table(job.records.schema) if data is None else load(data)
+        return lambda seed: _parties_of(table, msgspec.structs.replace(job, job=_with(job.job, seed)))
     if data is not None:
         table, columns = load(data), columns_of(job)
         return lambda seed: sites_of(table, columns, scale, seed)
-    if job.records.schema not in SCHEMAS:
-        raise UsageError(f"no records are bundled for {job.records.schema}: name a file of all sites' with --data")
     return lambda seed: bundled(job.records.schema, seed, scale)
+
+
+def _parties_of(table: Table, job: Job) -> dict[str, Records]:
+    """What each party holds of the records of one file."""
+    return {party: matched.records_of(table, job, held, None) for party, held in job.holds.items()}
+
+
+def _with(header: JobHeader, seed: int) -> JobHeader:
+    return msgspec.structs.replace(header, seed=seed)
 
 
 def write_sites(name: str, folder: Path) -> list[Path]:

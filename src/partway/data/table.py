@@ -233,6 +233,11 @@ class Checked:
         ]
 
     @property
+    def labels(self) -> Tensor:
+        """The classes of the records that count."""
+        return self._labels
+
+    @property
     def rows(self) -> list[int]:
         """Which rows of the file the records that count are, as the file numbers them."""
         numbers: list[int] = (np.flatnonzero(self._counts) + self._table.first).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from partway.errors import DataError
 from partway.plan.batches import equal_parts, local_batches, union_batches
 from partway.plan.plan import ONE, Copy, Edge, Judge, Part, Plan, Segment, Sizes, Sum, Turn
 
@@ -49,8 +50,8 @@ SHELF = "shelf"
 """Where the server keeps what is released."""
 HELD = "held"
 """The server's count over released validation records."""
-RELEASED_AT_ONCE = 4096
-"""Records of a site in one letter of a release."""
+AT_ONCE = 4096
+"""Records in one letter, of a release or of a check."""
 
 
 def here(name: str) -> str:
@@ -170,7 +171,7 @@ def release(plan: Plan, settings: Settings, sizes: Sizes, bottom: str, done: Tur
     parts: tuple[Part, ...] = ("train", "validation") if settings.validate_every else ("train",)
     for site in plan.sites:  # one after the other: who has released waits for nobody
         for part in parts:
-            batches = local_batches({site: sizes[site][part]}, RELEASED_AT_ONCE)
+            batches = local_batches({site: sizes[site][part]}, AT_ONCE)
             rows, offsets = tuple(b.rows for b in batches), tuple(b.offsets for b in batches)
             if rows:
                 turns.append(Turn(flow="release", rows=rows, offsets=offsets, records=part, step=step, epoch=epoch))
@@ -225,6 +226,26 @@ def judged(turns: Sequence[Turn], start: int) -> Turns:
         last = number == looks[-1]
         judged[number] = replace(judged[number], judge=replace(judge, to=start + len(turns), last=last))
     return tuple(judged)
+
+
+def same_counts(sizes: Sizes) -> Mapping[str, int]:
+    """How many records of each part all holders bring. Raises `DataError` if they do not bring as many."""
+    first, *others = sizes.values()
+    if any(counts != first for counts in others):
+        told = "; ".join(f"{name} brings {_told(own)}" for name, own in sizes.items())
+        raise DataError(f"the parties hold other patients: {told}. Match their records and agree on a list of ids")
+    return first
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {part}" for part, count in counts.items())
+
+
+def checked(count: int, part: Part, step: int, epoch: int) -> Turn:
+    """All records of a part through the flow `check`."""
+    parts = equal_parts(count, AT_ONCE)
+    rows, offsets = tuple({ONE: end - begin} for begin, end in parts), tuple({ONE: begin} for begin, _ in parts)
+    return Turn(flow="check", rows=rows, offsets=offsets, records=part, step=step, epoch=epoch)
 
 
 def records_of(plan: Plan, sizes: Sizes, part: Part) -> dict[str, int]:

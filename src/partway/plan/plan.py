@@ -34,6 +34,8 @@ Sum = tuple[Literal["gradient", "weights", "tally"], str]
 """What of a segment's copies is summed."""
 
 
+Join = Literal["features", "sum"]
+"""How what several segments put out meets: side by side, or added."""
 Optimizing = Literal["main", "local"]
 """The job's optimisers: of training together, and of local epochs."""
 
@@ -59,7 +61,7 @@ class Segment:
     at: str = EACH
     copies: str = ONE
     kind: Literal["net", "records", "store", "tally"] = "net"
-    join: Literal["features", "sum"] = "features"
+    join: Join = "features"
 
     @property
     def laned(self) -> bool:
@@ -74,6 +76,8 @@ class Edge:
     target: str
     kind: Literal["activations", "labels", "scores"] = "activations"
     gradient: bool = True
+    field: str = ""
+    """Of labels: which target of the records; empty for the only one."""
 
     def __str__(self) -> str:
         return f"{self.source} -> {self.target}"
@@ -97,6 +101,21 @@ class Plan:
         """Every party that has a part: the sites, then the others, the hub last."""
         others = dict.fromkeys(s.at for s in self.segments if s.at not in (EACH, self.hub, *self.sites))
         return (*self.sites, *others, self.hub)
+
+    @cached_property
+    def holders(self) -> tuple[str, ...]:
+        """The parties that bring records."""
+        return tuple(p for p in self.parties if self.placed(p, "records"))
+
+    @cached_property
+    def nets(self) -> tuple[str, ...]:
+        """The pieces of the network, in the order in which `split` runs them."""
+        return tuple(n for n in self.order("split") or () if self[n].kind == "net")
+
+    @cached_property
+    def losses(self) -> tuple[str, ...]:
+        """Those that have a loss."""
+        return tuple(e.target for e in self.edges("split") if e.kind == "labels")
 
     @cached_property
     def _by_name(self) -> dict[str, Segment]:
@@ -243,8 +262,10 @@ class Judge:
     """Whose scores it looks at: those of the newest count."""
     keeps: tuple[str, ...]
     """The segments of which every copy is kept at its best, and set back to it after the last look or a stop."""
+    hears: tuple[str, ...] = ()
+    """Parties that hold none of them, and are told too."""
     to: int = 0
-    """The turn to go on from after a stop. Who has a part in a turn before it holds one of `keeps`."""
+    """The turn to go on from after a stop. Who has a part in a turn before it holds one of `keeps`, or `hears`."""
     last: bool = False
     """No look comes after this one."""
 
@@ -285,6 +306,8 @@ class Turn:
     judge: Judge | None = None
     equal: tuple[str, ...] = ()
     """The segments whose copies must have the same bits: every site tells every other a digest, sealed."""
+    alike: tuple[str, ...] = ()
+    """The sources that must have the same records in the same order: as `equal`, by a hash with the holders' key."""
     account: tuple[str, ...] = ()
     """The parties that tell the hub the head of their ledger."""
     records: Part = "train"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from partway.errors import PlanError
+from partway.plan.batches import equal_parts
 from partway.plan.configurations import chain
 from partway.plan.phases import (
     HELD,
@@ -16,13 +17,62 @@ from partway.plan.phases import (
     at_sites,
     begin,
     central,
+    checked,
     end,
     finish,
+    judged,
     release,
+    same_counts,
     together,
     with_counts,
 )
-from partway.plan.plan import Edge, Plan, Segment, Sizes, Turn
+from partway.plan.plan import ONE, Edge, Judge, Plan, Segment, Sizes, Turn
+
+
+def every_party(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
+    """For plans without lanes: every party has its part in every step, over the same patients' records.
+
+    Equals training the joined network in one place. What would be `validation` and `test` runs through the same pieces,
+    without gradients, and is counted where the labels meet the output.
+    """
+    counted = {name: f"scores_{name}" for name in plan.losses}
+    check: list[Edge] = []
+    for edge in plan.edges("split"):
+        if edge.kind == "labels":
+            check.append(replace(edge, target=counted[edge.target]))
+        else:
+            check.append(replace(edge, gradient=False))
+    check += [Edge(name, tally, gradient=False) for name, tally in counted.items()]
+    tallies = tuple(Segment(name=tally, at=plan[name].at, kind="tally") for name, tally in counted.items())
+    flows = (*plan.flows, ("check", tuple(check)))
+    whole = replace(plan, segments=plan.segments + tallies, flows=flows).checked()
+    tally = tallies[0]
+    sources = tuple(s.name for s in plan.segments if s.kind == "records")
+    account = tuple(party for party in plan.parties if party != plan.hub)
+
+    def turns(sizes: Sizes) -> tuple[Turn, ...]:
+        counts = same_counts(sizes)
+        done = [Turn(alike=sources)] if len(sources) > 1 else []
+        start, step = len(done), 0
+        for epoch in range(settings.epochs):
+            for first, last in equal_parts(counts["train"], settings.batch):
+                rows, offsets, divisor = ({ONE: last - first},), ({ONE: first},), float(last - first)
+                split = Turn(flow="split", rows=rows, offsets=offsets, divisor=divisor, train=plan.nets)
+                done.append(replace(split, step=step, epoch=epoch))
+                step += 1
+            looks = settings.validate_every and (epoch + 1) % settings.validate_every == 0
+            if looks and counts["validation"]:
+                judge = Judge(at=tally.at, tally=tally.name, keeps=plan.nets, hears=plan.parties)
+                look = checked(counts["validation"], "validation", step, epoch)
+                done.append(replace(look, judge=judge if settings.keep_best else None))
+            done.append(Turn(account=account, step=step, epoch=epoch))
+        done = [*done[:start], *judged(done[start:], start)]
+        if settings.test and counts["test"]:
+            done.append(checked(counts["test"], "test", step, settings.epochs - 1))
+        done.append(Turn(account=account, step=step, epoch=settings.epochs - 1))
+        return tuple(done)
+
+    return whole, turns
 
 
 def synchronous(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:

@@ -97,9 +97,9 @@ class BlindSum:
         self._masks: dict[str, tuple[Words, Words]] = {}
         """Of the newest turn, by segment: what goes on this site's share, and what comes off the total."""
 
-    def offer(self) -> dict[str, bytes]:
-        """The first seat draws the group's key, and seals it for each other site."""
-        self._group = os.urandom(32)
+    def offer(self, group: bytes | None = None) -> dict[str, bytes]:
+        """The first seat draws the group's key, or takes this one, and seals it for each other member."""
+        self._group = group or os.urandom(32)
         keys = self._keys
         return {name: keys.seal(name, self._group, _OFFER + keys.transcript) for name in keys.seats if name != keys.me}
 
@@ -113,6 +113,10 @@ class BlindSum:
             raise JobFailed(f"{self._keys.me} has no group key yet")
         text = b"partway/sum/confirm/v1\0" + name.encode() + self._keys.transcript
         return hmac.digest(self._group, text, "sha256")
+
+    def secret(self, purpose: bytes) -> bytes:
+        """32 bytes that every member has, and nobody else."""
+        return hmac.digest(self._group, b"partway/group/v1\0" + purpose, "sha256")
 
     def prepare(self, turn: int, segment: str, numbers: int, dtype: np.dtype) -> None:
         """Makes the masks of a sum before its numbers are known: while others are waited for."""

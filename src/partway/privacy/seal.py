@@ -13,7 +13,7 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
@@ -67,13 +67,17 @@ class Keys:
         self.transcript = b""
         """SHA-256 over what every site has shown: who has the same has heard the same."""
         self.seats: tuple[str, ...] = ()
-        """The sites in an order that nobody can choose."""
+        """Who shares the group's key; the first hands it out."""
         self.masking: dict[str, bytes] = {}
         """The secret shared with each neighbour on the ring, 32 bytes, from which masks are made."""
         self._seals: dict[str, AESGCM] = {}
 
-    def agree(self, publics: Mapping[str, Public]) -> None:
-        """Derives every key from what the sites have shown, this site's own among them.
+    def agree(self, publics: Mapping[str, Public], members: Sequence[str] | None = None, first: str = "") -> None:
+        """Derives every key from what the parties have shown, this one's own among them.
+
+        Args:
+            members: who shares the group's key; if it is not said, all.
+            first: who hands it out; if it is not said, one that nobody can choose.
 
         Raises:
             PeerError: a site's X25519 key is none.
@@ -83,8 +87,9 @@ class Keys:
             for name, public in sorted(publics.items())
         ]
         self.transcript = hashlib.sha256(b"".join(texts)).digest()
-        self.seats = tuple(sorted(publics, key=lambda name: hashlib.sha256(self.transcript + name.encode()).digest()))
-        near = _neighbours(self.seats, self.me)
+        ranks = {name: hashlib.sha256(self.transcript + name.encode()).digest() for name in members or publics}
+        self.seats = tuple(sorted(ranks, key=lambda name: (name != first, ranks[name])))
+        near = _neighbours(self.seats, self.me) if self.me in ranks else set[str]()
         for name, public in publics.items():
             if name == self.me:
                 continue

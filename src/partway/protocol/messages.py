@@ -135,7 +135,7 @@ class Hello(Message, frozen=True, tag="hello"):
     certificate_key: Key
     """DER SubjectPublicKeyInfo of the certificate's key."""
     public: Annotated[bytes, Meta(max_length=32)]
-    """X25519, fresh at each start; empty at a party that holds no copy of a shared segment."""
+    """X25519, fresh at each start; empty at a hub without records, for whom nothing is sealed."""
     signature: Signature
 
 

@@ -88,8 +88,9 @@ class Shape(NamedTuple):
     sums: tuple[tuple[str, str], ...]
     gives: tuple[tuple[Copy, Copy], ...]
     equal: tuple[str, ...]
-    judge: tuple[str, tuple[str, ...]] | None
-    """Who judges, and the segments that are kept."""
+    alike: tuple[str, ...]
+    judge: tuple[str, tuple[str, ...], tuple[str, ...]] | None
+    """Who judges, the segments that are kept, and who hears it besides."""
     account: tuple[str, ...]
     clip: bool
     scaled: bool
@@ -97,9 +98,10 @@ class Shape(NamedTuple):
 
 def shape(turn: Turn) -> Shape:
     live = tuple(tuple(lane for lane, n in rows.items() if n) for rows in turn.rows)
-    judge = (turn.judge.at, turn.judge.keeps) if turn.judge else None
+    judge = (turn.judge.at, turn.judge.keeps, turn.judge.hears) if turn.judge else None
+    options = turn.clip > 0, turn.scaled
     return Shape(
-        turn.flow, live, turn.train, turn.sums, turn.gives, turn.equal, judge, turn.account, turn.clip > 0, turn.scaled
+        turn.flow, live, turn.train, turn.sums, turn.gives, turn.equal, turn.alike, judge, turn.account, *options
     )
 
 
@@ -279,12 +281,14 @@ class _Compiler:
 
     def tell_all(self) -> None:
         """Digests of copies that must be equal, to each other copy; heads of ledgers, to the hub."""
-        for name in self.turn.equal:
-            for copy in self.plan.copies(name):
+        groups = [self.plan.copies(name) for name in self.turn.equal]
+        groups += [tuple(c for name in self.turn.alike for c in self.plan.copies(name))]
+        for group in groups:
+            for copy in group:
                 self.task("attest", copy, self.plan.place(copy))
-            for copy in self.plan.copies(name):
+            for copy in group:
                 compare = self.task("compare", copy, self.plan.place(copy), needs=[Task("attest", copy)])
-                for other in self.plan.copies(name):
+                for other in group:
                     if other != copy:
                         self.tell(Task("attest", other), LetterKind.EQUAL, other, copy, compare)
         for party in self.turn.account:
@@ -298,9 +302,11 @@ class _Compiler:
         """The judge looks when its part of the turn is done; who holds what is kept hears what it says."""
         if self.turn.judge is None:
             return
-        at, keeps = self.turn.judge
+        at, keeps, hears = self.turn.judge
         judge = self.task("judge", Copy(at), at, needs=[t for t, w in self.tasks.items() if w.at == at])
-        holders = dict.fromkeys(self.plan.place(c) for name in keeps for c in self.plan.copies(name))
+        holders = dict.fromkeys(self.plan.place(c) for name in keeps for c in self.plan.copies(name)) | dict.fromkeys(
+            hears
+        )
         for party in holders:
             if party != at:
                 heed = self.task("heed", Copy(party), party)

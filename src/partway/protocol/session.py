@@ -166,8 +166,8 @@ class Session:
 
     @property
     def sizes(self) -> Sizes:
-        """How many records each site brings, once every HELLO is in."""
-        return {site: msgspec.structs.asdict(self.hellos[site].records) for site in self.plan.sites}
+        """How many records each party that holds some brings, once every HELLO is in."""
+        return {party: msgspec.structs.asdict(self.hellos[party].records) for party in self.plan.holders}
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -194,8 +194,8 @@ class Session:
         mine = self.hellos[self.me].version
         if hello.version != mine:
             raise PeerError(sender, f"runs Partway {hello.version}, {self.me} runs {mine}: install the same version")
-        if sender not in self.plan.sites and hello.records != Counts():
-            raise PeerError(sender, "says that it brings records, and is no site")
+        if sender not in self.plan.holders and hello.records != Counts():
+            raise PeerError(sender, "says that it brings records, and the plan has none there")
         if self._note(sender, message) or len(self._notes[Hello]) <= len(self.peers):
             return []
         self.state = State.AGREEING

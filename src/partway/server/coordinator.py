@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from partway import __version__, pki
-from partway.assembly import Assembled, Place, assemble, result_of, schema_of
+from partway.assembly import Assembled, Place, assemble, result_of, schemas_of
 from partway.config import Job, Server, read_job
+from partway.data import matched
 from partway.data.schema import columns_of
 from partway.data.table import mismatch
 from partway.errors import DataError, JobFailed, LinkLost, PartwayError, PeerError, Refused, TrustError, UsageError
@@ -62,7 +63,7 @@ class Coordinator:
 
     def __init__(self, settings: Server, home: Path, say: Callable[[Status], None]) -> None:
         self.settings, self._say = settings.server, say
-        self._policy = settings.policy
+        self._policy, self._data, self._home = settings.policy, settings.data, home
         self.identity = pki.Identity.load(home / self.settings.identity)
         subject = self.identity.subject
         if subject.role is not pki.Role.SERVER or subject.name != self.settings.name:
@@ -224,11 +225,12 @@ class Coordinator:
             identity=identity,
             policy=self._policy,
             secret=own_secret(identity),
+            records=matched.read(self._data, self._home, job, identity.name) if not job.laned else None,
             folder=submitted.folder,
             device=self.settings.device,
         )
         roster = {**job.roster, identity.name: identity.fingerprint}
-        schema = schema_of(job)
+        schema = schemas_of(job, identity.name)
         assembled = assemble(
             job, submitted.digest, submitted.operator, roster, identity.name, place, schema, pki.signed_by
         )

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partway import __version__, pki
-from partway.assembly import Assembled, Place, assemble, result_of, schema_of
+from partway.assembly import Assembled, Place, assemble, result_of, schemas_of
 from partway.config import Site, read_job
-from partway.data import table
+from partway.data import matched, table
 from partway.egress import Tap
 from partway.errors import DataError, JobFailed, LinkLost, PartwayError, Refused, TrustError, UsageError
 from partway.party import Out
@@ -83,7 +83,8 @@ class Agent:
             held = f"the certificate is that of {subject.name}, {subject.role}"
             raise TrustError(f"{held}; the site file says {self.settings.name}")
         self._secret = own_secret(home / self.settings.identity)
-        table.load(home / site.data.path, site.data.connector)  # whether it fits, a job's schema says
+        if site.data is not None:
+            table.load(home / site.data.path, site.data.connector)  # whether it fits, a job's schema says
         self._releases = Releases(home / self.settings.folder)
         self._running: Assembled | None = None
         """The job that runs."""
@@ -191,7 +192,7 @@ class Agent:
                 identity=self.identity,
                 policy=self._policy,
                 secret=self._secret,
-                records=table.read(self._data, self._home, job),
+                records=matched.read(self._data, self._home, job, self.identity.name),
                 folder=folder,
                 device=self.settings.device,
                 tap=self._tap,
@@ -199,7 +200,7 @@ class Agent:
                 on_release=lambda: self._releases.note(name, digest),
             )
             roster = {**job.roster, server: subject.fingerprint}
-            schema = schema_of(job)
+            schema = schemas_of(job, server)
             assembled = assemble(job, digest, opened.operator.name, roster, server, place, schema, pki.signed_by)
         except PartwayError as error:
             self._fails(name, folder, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
 
 from partway import pki
-from partway.assembly import DTYPES, HALF, Network, network_of, optimizers_of, plan_of, schema_of, shapes_of
+from partway.assembly import HALF, Parts, network_of, optimizers_of, plan_of, schema_of, shapes_of
+from partway.blueprint import DTYPES
 from partway.config import Job, Site, contents, read_job, read_job_file
-from partway.data import table
+from partway.data import matched
 from partway.data.records import Records, statistics_of
 from partway.data.schema import columns_of
 from partway.model.segment import Segment
@@ -25,6 +26,7 @@ from partway.protocol.messages import LetterKind, Post, Reason
 from partway.protocol.net import Route, Task, compile
 from partway.shapes import Shapes
 from partway.site.releases import Releases
+from partway.train.source import RecordSource
 from partway.train.worker import Worker
 
 _SERVER = "server"
@@ -97,9 +99,10 @@ def preview(site: Site, home: Path, job_file: Path) -> Preview:
     turns = _turns(me, plan, schedule)
     released = Releases(home / site.site.folder).count
     found.objections += [o.words for o in judge_turns(policy, me, shapes, turns, released)]
-    records = table.read(site.data, home, job)
-    found.records = records.sizes
-    found.leaves = list(_leaves(me, job, plan, shapes, network, turns, records))
+    records = matched.read(site.data, home, job, me)
+    if records is not None:
+        found.records = records.sizes
+        found.leaves = list(_leaves(me, job, plan, shapes, network, turns, records))
     return found
 
 
@@ -117,7 +120,7 @@ def _turns(me: str, plan: Plan, schedule: Schedule) -> tuple[Turn, ...]:
 
 
 def _leaves(
-    me: str, job: Job, plan: Plan, shapes: Shapes, network: Network, turns: tuple[Turn, ...], records: Records
+    me: str, job: Job, plan: Plan, shapes: Shapes, network: Parts, turns: tuple[Turn, ...], records: Records
 ) -> Iterator[Leaving]:
     seen: dict[tuple[LetterKind, str, str, str], Leaving] = {}
     for turn in turns:
@@ -153,23 +156,21 @@ def _how(job: Job, shapes: Shapes, post: Post, route: Route) -> str:
 
 
 def _values(
-    me: str, job: Job, plan: Plan, shapes: Shapes, network: Network, turn: Turn, post: Post, records: Records
+    me: str, job: Job, plan: Plan, shapes: Shapes, network: Parts, turn: Turn, post: Post, records: Records
 ) -> list[float] | None:
     """What a real worker would put into a letter for the first training record, with the network's present weights."""
     if post.kind not in (LetterKind.ACTIVATIONS, LetterKind.LABELS):
         return None
     dtype = DTYPES[job.training.dtype]
-    scaled = records.scaled(*statistics_of([records])).to(dtype)
     first = records.division["train"][:1]
-
-    class OneRecord:
-        def take(self, turn: Turn, offset: int, rows: int) -> tuple[Tensor, Tensor]:
-            return scaled[first], records.labels[first]
-
+    one = copy.copy(records)
+    one.division = dict.fromkeys(records.division, first)
+    source = RecordSource(one, b"", b"", dtype)
+    if len(records.numeric):
+        source.standardise(*statistics_of([records]))
     segments = {c: Segment(network.modules[original(c.segment)], dtype) for c in plan.placed(me)}
-    worker = Worker(
-        plan, shapes, segments, optimizers=optimizers_of(job), source=OneRecord(), half=HALF[job.training.precision]
-    )
+    half = HALF[job.training.precision]
+    worker = Worker(plan, shapes, segments, optimizers=optimizers_of(job), source=source, half=half)
     net = compile(plan, turn)
     worker.begin(0, turn, net)
     for task in net.tasks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +32,7 @@ class RecordSource:
         """Mean and deviation of each numeric column, once all sites have agreed on them."""
         self._at: tuple[Part, int] | None = None
         """The part and epoch of `_order`."""
+        self._shared = b""
         self._order = torch.empty(0, dtype=torch.int64)
         if not records.schema.numeric:
             self.features = self.features.to(dtype)
@@ -46,11 +48,38 @@ class RecordSource:
         Args:
             offset: where the rows begin in this site's order of that part and epoch.
         """
+        chosen = self._chosen(turn, offset, rows)
+        return self.features.index_select(0, chosen), self.labels.index_select(0, chosen)
+
+    def _chosen(self, turn: Turn, offset: int, rows: int) -> Tensor:
         if self._at != (turn.records, turn.epoch):
             self._at, index = (turn.records, turn.epoch), self.records.division[turn.records]
             self._order = index[order_of(len(index), self._secret, self._job, turn.epoch)].to(self._device)
-        chosen = self._order[offset : offset + rows]
-        return self.features.index_select(0, chosen), self.labels.index_select(0, chosen)
+        return self._order[offset : offset + rows]
+
+    # -- where other parties hold columns of the same records
+
+    def share(self, secret: bytes) -> None:
+        """All take them in one order, drawn from this secret."""
+        self._secret = self._shared = secret
+
+    def proof(self, turn: Turn, offset: int, rows: int) -> bytes:
+        """HMAC-SHA256 of the records' ids, in the order of the rows."""
+        return self._hash(self._chosen(turn, offset, rows).cpu())
+
+    def all_proof(self) -> bytes:
+        """The same of all records."""
+        return self._hash(torch.arange(len(self.labels)))
+
+    def present(self, turn: Turn, offset: int, rows: int) -> Tensor | None:
+        """Which of the rows are here, shape (rows,), bool; None: all."""
+        if self.records.present is None:
+            return None
+        return self.records.present[self._chosen(turn, offset, rows).cpu()].to(self._device)
+
+    def _hash(self, chosen: Tensor) -> bytes:
+        ids = [self.records.ids[n] for n in chosen.tolist()] if self.records.ids else map(str, chosen.tolist())
+        return hmac.digest(self._shared, b"partway/rows/v1\0" + "\0".join(ids).encode(), "sha256")
 
 
 class Shelf:

@@ -49,6 +49,18 @@ class Source(Protocol):
     def take(self, turn: Turn, offset: int, rows: int) -> tuple[Tensor, Tensor]:
         """Features and labels of this site's rows of a turn."""
 
+    def share(self, secret: bytes) -> None:
+        """Other parties hold columns of the same records: all take them in one order, drawn from this secret."""
+
+    def proof(self, turn: Turn, offset: int, rows: int) -> bytes:
+        """A keyed hash, 32 bytes, of which records the rows are of, and in which order."""
+
+    def all_proof(self) -> bytes:
+        """The same of all records, whoever has them or not."""
+
+    def present(self, turn: Turn, offset: int, rows: int) -> Tensor | None:
+        """Which of the rows are here, shape (rows,), bool; None: all."""
+
 
 class Tally(Protocol):
     """Counts over a site's records that are summed over sites, in float64."""
@@ -142,7 +154,13 @@ class Worker:
         self._leaf: dict[tuple[str, Copy, int], Tensor] = {}
         """What a copy was given by another segment that wants a gradient for it."""
         self._counts: dict[Copy, Tensor] = {}
+        self._left: dict[Copy, int] = {}
+        """Of each tally: micro-batches that are still to be counted."""
         self._mail: dict[Post, dict[str, Tensor]] = {}
+        self._proofs: dict[tuple[Copy, int], Tensor] = {}
+        """Where parties hold columns of the same records: of which records a copy's rows are, as a keyed hash."""
+        self._lacks: dict[tuple[Copy, int], Tensor] = {}
+        """Of a source that has not all rows: which are here."""
         self._made: dict[tuple[LetterKind, Copy], dict[str, Tensor]] = {}
         """Bodies of letters that are not rows of `_out` or `_leaf`."""
         self._reported: dict[tuple[Copy, int], Tensor] = {}
@@ -190,6 +208,8 @@ class Worker:
             tensors = {"x": self._part(self._out[source, m][kind], source, target, m).detach()}
             if kind is LetterKind.ACTIVATIONS and self.plan[target.segment].kind == "store":
                 tensors["made_by"] = self._digest(source)  # so that no store mixes what two bottoms have made
+            if (source, m) in self._proofs and kind is not LetterKind.SCORES:
+                tensors["rows"] = self._proofs[source, m]
             return tensors
         if kind is LetterKind.GRADIENT:
             gradient = self._leaf[target.segment, source, m].grad
@@ -226,6 +246,8 @@ class Worker:
         if not takes:
             self._out[copy, m] = self._source(copy, m)
             return
+        if not self.plan.sites:
+            self._check_rows(copy, m, takes)
         inputs: list[Tensor] = []
         labels: Tensor | None = None
         for (kind, name), rows in self._joined(takes).items():
@@ -244,7 +266,8 @@ class Worker:
             whole = whole.float() if whole.dtype is self._half else whole
             counted = self.tallies[copy.segment].count(self._turn, whole, labels)
             self._counts[copy] = self._counts[copy] + counted if copy in self._counts else counted
-            if copy.segment not in self._what:  # what is not summed with others' counts is final
+            self._left[copy] = self._left.get(copy, sum(bool(self.plan.rows(copy, r)) for r in self._turn.rows)) - 1
+            if copy.segment not in self._what and not self._left[copy]:  # what is not summed with others' is final
                 self.tallies[copy.segment].settle(self._turn, self._counts[copy])
         elif copy.segment in self.stores:
             self._check_makers(takes)
@@ -254,6 +277,16 @@ class Worker:
             self.board += [(self._turn, lane, row) for lane, row in zip(lanes, whole, strict=True)]
         else:
             self._run(copy, m, whole, labels)
+
+    def _check_rows(self, copy: Copy, m: int, takes: Sequence[Post]) -> None:
+        """All that meets here is of the same records in the same order."""
+        for post in takes:
+            proof = self._taken(post)["rows"].cpu()
+            if not torch.equal(proof, self._proofs.setdefault((copy, m), proof)):
+                sender, first = (self.plan.place(p.source) for p in (post, takes[0]))
+                raise PeerError(sender, f"sent rows of other records than {first}, or in another order")
+            if (post.source, m) in self._lacks:
+                self._lacks[copy, m] = self._lacks[post.source, m]
 
     def _keep(self, copy: Copy, m: int, rows: Tensor, labels: Tensor | None) -> None:
         """Puts what sites have released into a store, each site's by itself."""
@@ -280,7 +313,12 @@ class Worker:
         if source is None:
             raise JobFailed("the plan puts records here, and there are none")
         offset = self._turn.offsets[m].get(copy.lane, 0)
-        rows, labels = source.take(self._turn, offset, self._turn.rows[m][copy.lane])
+        count = self._turn.rows[m][copy.lane]
+        rows, labels = source.take(self._turn, offset, count)
+        if not self.plan.sites and source is self.source:
+            self._proofs[copy, m] = _bytes(source.proof(self._turn, offset, count))
+            if (here := source.present(self._turn, offset, count)) is not None:
+                self._lacks[copy, m] = here
         return {LetterKind.ACTIVATIONS: rows, LetterKind.LABELS: labels}
 
     def _run(self, copy: Copy, m: int, inputs: Tensor, labels: Tensor | None) -> None:
@@ -290,6 +328,8 @@ class Worker:
         with torch.autocast(self._device.type, self._half) if self._half else nullcontext():
             output = segment.forward(inputs, training)
         output = output.to(self.shapes.pieces[copy.segment].dtype)
+        if (here := self._lacks.pop((copy, m), None)) is not None:  # a record that is not here crosses as zeros
+            output = output * here.to(output).view(-1, *(1,) * (output.dim() - 1))
         if labels is None and training:
             output = self._finite(copy, output)
         self.cost.flops += len(inputs) * self.shapes.pieces[copy.segment].forward
@@ -444,7 +484,10 @@ class Worker:
         self.segments[copy].load_tensors(self._taken(takes[0]))
 
     def _digest(self, copy: Copy) -> Tensor:
-        """SHA-256 of a copy's weights, shape (32,), uint8."""
+        """SHA-256 of a copy's weights, or a keyed hash of all records of a source, shape (32,), uint8."""
+        if self.plan[copy.segment].kind == "records":
+            assert self.source is not None
+            return _bytes(self.source.all_proof())
         weights = self.segments[copy].weights().cpu().numpy().tobytes()
         return _bytes(hashlib.sha256(weights).digest())
 
@@ -453,6 +496,12 @@ class Worker:
 
     def _compare(self, copy: Copy, takes: Sequence[Post]) -> None:
         mine = self._made[LetterKind.EQUAL, copy]["x"]
+        if self.plan[copy.segment].kind == "records":
+            others = [self.plan.place(p.source) for p in takes if not torch.equal(self._taken(p)["x"].cpu(), mine)]
+            if others:
+                words = f"another list of records than {self.plan.place(copy)}, as {', '.join(others)}: match them anew"
+                raise PeerError(others[0], f"has {words}")
+            return
         for post in takes:
             if not torch.equal(self._taken(post)["x"].cpu(), mine):
                 words = f"holds another {copy.segment} than {self.plan.place(copy)}: the sites' copies have come apart"

@@ -1,0 +1,182 @@
+"""From a job's words to its plan, and to the network of each segment: what every party derives alike, and nothing runs.
+
+A network that is cut gives its pieces to a plan's segments in their order; or each segment has a network of its own,
+and what several put out meets where the plan says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from partway.config import Job, Policy
+from partway.data.records import Schema
+from partway.errors import ConfigError
+from partway.model.cut import cut
+from partway.model.recipe import build
+from partway.plan.configurations import extended_vanilla, multi_hop, multi_task, u_shaped, vanilla, vertical
+from partway.plan.plan import EACH, ONE, Edge, Plan, Segment
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+Schemas = Mapping[str, Schema]
+"""Of each party that holds records."""
+
+
+def configured(job: Job, server: str = "server") -> Plan:
+    """A job's plan, with the flow `split` alone.
+
+    Raises:
+        PlanError: it is one of the job's own, and wrong: with all its faults.
+        ConfigError: the job does not say who holds what.
+    """
+    training, sites = job.training, job.sites or ("site",)
+    if job.plan is not None:
+        return own_plan(job, server)
+    if job.configuration == "vanilla":
+        return vanilla(sites, server)
+    if job.configuration == "u_shaped":
+        return u_shaped(sites, server)
+    _check_parties(job, server)
+    holders = [party for party, held in job.holds.items() if held.columns]
+    tasks = {target: party for party, held in job.holds.items() for target in held.targets}
+    if job.configuration == "multi_task":
+        return multi_task(holders, tasks, server, join=training.join)
+    if len(tasks) > 1:
+        told = ", ".join(f"{target} at {party}" for target, party in tasks.items())
+        raise ConfigError(f"{job.configuration} has one target; [holds] names {told}: multi_task has several")
+    (labels,) = tasks.values()
+    if job.configuration == "vertical":
+        return vertical(holders, labels, server, join=training.join, head="head" in job.networks)
+    if job.configuration == "extended_vanilla":
+        return extended_vanilla(holders, training.middle, labels, server, join=training.join)
+    return multi_hop(training.hops, labels, server)
+
+
+def _check_parties(job: Job, server: str) -> None:
+    """Every party that the job gives something is in its roster, and the other way round."""
+    training = job.training
+    named = dict.fromkeys([*job.holds, *training.hops, *([training.middle] if training.middle else [])])
+    if job.roster:
+        for party in named:
+            if party not in (*job.roster, server):
+                raise ConfigError(f"{party} has a part in {job.configuration} and is not in the roster")
+        for site in job.roster:
+            if site not in named:
+                raise ConfigError(f"{site} is in the roster and has no part in {job.configuration}: no [holds.{site}]")
+    if job.configuration == "multi_hop":
+        holders = [party for party, held in job.holds.items() if held.columns]
+        if holders != list(training.hops[:1]):
+            raise ConfigError(f"multi_hop: the features are at the first hop, {training.hops[0]}; see [holds]")
+
+
+def own_plan(job: Job, server: str) -> Plan:
+    """The plan that a job has written itself."""
+    assert job.plan is not None
+    segments = tuple(
+        Segment(name=s.name, at=s.at, copies=ONE if s.copies == "one" else EACH, kind=s.kind, join=s.join)
+        for s in job.plan.segments
+    )
+    kinds = {s.name: s.kind for s in segments}
+    back = {e: e.gradient and e.kind == "activations" and kinds.get(e.source) == "net" for e in job.plan.edges}
+    edges = tuple(Edge(e.source, e.target, e.kind, gradient, e.field) for e, gradient in back.items())
+    return Plan(job.sites if job.laned else (), segments, (("split", edges),), server).checked()
+
+
+@dataclass(frozen=True)
+class Network:
+    """A job's network, in pieces."""
+
+    whole: nn.Module
+    modules: dict[str, nn.Module]
+    """By segment; they share the whole's weights."""
+    inputs: int
+    """Of the first layer: from gradients of few records these can be solved for."""
+    outputs: dict[str, Tensor]
+    """What each makes of one example record, shape (1, ...)."""
+    separate: bool
+    """Each segment is a network of its own: in the whole, its weights' names begin with the segment's."""
+
+    def prefix(self, segment: str) -> str:
+        return f"{segment}." if self.separate else ""
+
+
+def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
+    """The networks of a plan's segments, built by name once the policy has allowed the names.
+
+    Raises:
+        Refused: a name is not allowed, or a network is too large.
+        CutError: it cannot be cut there.
+        ConfigError: arguments are wrong, or a network does not fit what comes into it.
+    """
+    dtype = DTYPES[job.training.dtype]
+    modules: dict[str, nn.Module] = {}
+    if job.network is not None:
+        terms = job.network
+        whole = build(terms.build, terms.arguments, policy.networks, policy.most_parameters).to(dtype)
+        shape = schemas[plan.holders[0]].shape
+        _takes(whole, torch.zeros(4, *shape, dtype=dtype), f"[network] {terms.build}")
+        generator = torch.Generator().manual_seed(0)
+        pieces = cut(whole, torch.randn(4, *shape, generator=generator), terms.cut)
+        modules.update(zip(plan.nets, pieces, strict=True))
+    else:
+        _check_names(job, plan)
+        for name in plan.nets:
+            own = job.networks[name]
+            modules[name] = build(own.build, own.arguments, policy.networks, policy.most_parameters).to(dtype)
+        whole = nn.ModuleDict(modules)
+    first = next(iter(modules.values()))
+    inputs = next((p[0].numel() for p in first.parameters() if p.dim() > 1), 0)
+    outputs: dict[str, Tensor] = {}
+    for name in plan.nets:
+        outputs[name] = _takes(modules[name], example_of(plan, schemas, outputs, name, dtype), f"segment {name}")
+    return Network(whole, modules, inputs, outputs, job.network is None)
+
+
+def example_of(plan: Plan, schemas: Schemas, outputs: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    """What comes into a segment for one record, from what the segments before it put out."""
+    parts = []
+    for edge in plan.edges("split"):
+        if edge.target == name and edge.kind == "activations":
+            source = plan[edge.source]
+            if source.kind == "records":
+                at = plan.place(plan.copies(source.name)[0])
+                parts.append(torch.zeros(1, *schemas[at].shape, dtype=dtype))
+            else:
+                parts.append(outputs[edge.source].detach())
+    shapes = {tuple(part.shape) for part in parts}
+    if len(parts) > 1 and plan[name].join == "sum" and len(shapes) > 1:
+        raise ConfigError(f"segment {name} adds what comes in, and the shapes differ: {sorted(shapes)}")
+    if len(parts) > 1 and len({shape[2:] for shape in shapes}) > 1:
+        raise ConfigError(f"segment {name} puts side by side what comes in, and the shapes differ: {sorted(shapes)}")
+    return torch.stack(parts).sum(0) if plan[name].join == "sum" else torch.cat(parts, 1)
+
+
+def _check_names(job: Job, plan: Plan) -> None:
+    missing = [name for name in plan.nets if name not in job.networks]
+    more = [name for name in job.networks if name not in plan.nets]
+    if missing or more:
+        told = [f"[networks.{name}] is missing" for name in missing]
+        told += [f"[networks.{name}] belongs to no segment of {job.configuration}" for name in more]
+        raise ConfigError("; ".join(told))
+
+
+def _takes(module: nn.Module, example: Tensor, what: str) -> Tensor:
+    """What a module makes of an example. Raises `ConfigError` if it does not take it."""
+    shape, training = tuple(example.shape[1:]), module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            output = module(example)
+    except RuntimeError as error:
+        gives = f"a record gives {math.prod(shape)} inputs: " if len(shape) == 1 else ""
+        words = f"{what} takes no records of shape {shape}: {gives}{str(error).splitlines()[0]}"
+        raise ConfigError(words) from None
+    finally:
+        module.train(training)
+    if not isinstance(output, Tensor):
+        raise ConfigError(f"{what} gives a {type(output).__name__}, and not one tensor")
+    return output

@@ -1,0 +1,113 @@
+"""Records of the same patients at several parties: each has columns of its own, and all go by one list of ids.
+
+The list is agreed on beforehand (`docs/configurations.md`), one id a line; without one, it is all ids of this party's
+file, sorted as text. A party may lack some of its records; who holds the labels may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from partway.config import Connection, Held, Job
+from partway.data import table
+from partway.data.records import SHARES, Records
+from partway.data.schema import columns_of, part_of
+from partway.data.table import Checked, Table
+from partway.errors import DataError
+from partway.plan.batches import shuffled
+from partway.plan.plan import Part
+
+
+def read(connection: Connection | None, home: Path, job: Job, me: str) -> Records | None:
+    """The records that a party brings to a job, or None if it brings none.
+
+    Args:
+        home: the folder to which paths are relative.
+
+    Raises:
+        ConfigError: the job has no schema.
+        DataError: the file is damaged, or does not fit the schema: with everything that does not; or there is none.
+    """
+    held = job.holds.get(me)
+    if not job.laned and (held is None or not (held.columns or held.targets)):
+        return None
+    if connection is None:
+        raise DataError(f"{me} has no [data], and the job {job.job.name} counts on its records")
+    if job.laned or held is None:
+        return table.read(connection, home, job)
+    ids = read_ids(home / connection.ids) if connection.ids else None
+    return records_of(table.load(home / connection.path, connection.connector), job, held, ids, connection.units)
+
+
+def read_ids(path: Path) -> list[str]:
+    """The agreed ids, in their order. Raises `DataError` if the file cannot be read, or has an id twice."""
+    try:
+        ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    if len(set(ids)) < len(ids):
+        raise DataError(f"{path}: an id is there twice")
+    if not ids:
+        raise DataError(f"{path}: there are no ids in it")
+    return ids
+
+
+def records_of(
+    file: Table, job: Job, held: Held, ids: Sequence[str] | None, units: Mapping[str, str] | None = None
+) -> Records:
+    """One party's columns and labels of the agreed records, in the order of the list, divided by the job's seed."""
+    whole = columns_of(job)
+    checked = Checked(file, part_of(whole, held), labelled=bool(held.targets))
+    checked.structure(None, units or {})
+    checked.content(None)
+    own = _ids(file, whole.schema.id, checked.rows)
+    if checked.faults:
+        told = "; ".join(fault.words for fault in checked.faults)
+        raise DataError(f"{file.path}: {told}", [(fault.column, fault.kind) for fault in checked.faults])
+    agreed = sorted(own) if ids is None else ids
+    here = [own.get(name, -1) for name in agreed]
+    at, present = torch.tensor(here).clamp(min=0), torch.tensor([row >= 0 for row in here])
+    lacking = len(agreed) - int(present.sum())
+    if lacking == len(agreed):
+        raise DataError(f"{file.path}: none of the {len(agreed):,} agreed ids is in it")
+    if held.targets and lacking:
+        words = f"{lacking:,} of the {len(agreed):,} agreed ids have no label here: take them from the list"
+        raise DataError(f"{file.path}: {words}")
+    features = checked.features(job.records.scale)
+    values = [torch.where(present, f.values[at], torch.nan if f.by_statistics else 0.0) for f in features]
+    return Records(
+        torch.stack(values, 1) if values else torch.zeros(len(agreed), 0),
+        checked.labels[at] if held.targets else torch.zeros(len(agreed)),
+        classes=len(whole.classes) if held.targets else 0,
+        numeric=tuple(number for number, feature in enumerate(features) if feature.by_statistics),
+        division=division(len(agreed), job.job.seed),
+        ids=agreed,
+        present=present if lacking else None,
+    )
+
+
+def division(records: int, seed: int) -> dict[Part, Tensor]:
+    """Indices of training, validation and test records, drawn by `seed` alone: not everybody has the labels."""
+    drawn = shuffled(records, "division", seed)
+    bounds = [0, *(round(records * share) for share in accumulate(SHARES.values()))]
+    parts = zip(SHARES, bounds[:-1], bounds[1:], strict=True)
+    return {part: torch.tensor(sorted(drawn[begin:end]), dtype=torch.int64) for part, begin, end in parts}
+
+
+def _ids(file: Table, column: str | None, rows: Sequence[int]) -> dict[str, int]:
+    """From each id to its place among the rows that count."""
+    if column is None:
+        return {str(row): place for place, row in enumerate(rows)}
+    if column not in file.frame.columns:
+        raise DataError(f"{file.path}: there is no column {column}, by which records are matched ([schema] id)")
+    names = [str(file.frame[column][row - file.first]) for row in rows]
+    found = {name: place for place, name in enumerate(names)}
+    if len(found) < len(names):
+        twice = next(name for place, name in enumerate(names) if found[name] != place)
+        raise DataError(f"{file.path}: column {column}: {file.row} {rows[names.index(twice)]}'s id is there twice")
+    return found

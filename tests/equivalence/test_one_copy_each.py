@@ -1,0 +1,253 @@
+"""Configurations in which parties hold columns, layers or labels of the same patients: each against its plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from federations import bits
+from partway.config import Job, read_job
+from partway.data.records import Records
+from partway.local import toml
+from partway.model.segment import initialise
+from partway.plan.batches import equal_parts
+from partway.simulation import Federation, federation
+from partway.train.draws import first_weights, order_of
+from partway.transport.memory import Wire
+
+N, TRAIN = 90, 60
+COLUMNS = {"a": 3, "b": 2, "c": 4}
+OPTIMIZERS = {
+    "adam": {"name": "adam", "lr": 0.01},
+    "adamw": {"name": "adamw", "lr": 0.01, "weight_decay": 0.1},
+    "momentum": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+}
+
+
+def net(inputs: int, classes: int, hidden: int = 5) -> dict[str, Any]:
+    return {"build": "partway.model.zoo:mlp", "arguments": {"inputs": inputs, "hidden": [hidden], "classes": classes}}
+
+
+def holds(labels: str, targets: tuple[str, ...] = ("y",), only: str = "abc") -> dict[str, dict[str, Any]]:
+    found = {f"holds.{party}": {"columns": [f"{party}{n}" for n in range(COLUMNS[party])]} for party in only}
+    found.setdefault(f"holds.{labels}", {})["targets"] = list(targets)
+    return found
+
+
+def bottoms(only: str = "abc", width: int = 4) -> dict[str, dict[str, Any]]:
+    return {f"networks.bottom_{party}": net(COLUMNS[party], width) for party in only}
+
+
+def job_of(sections: dict[str, dict[str, Any]], **training: Any) -> Job:
+    words = {
+        "job": {"name": "joined", "seed": 3},
+        "records": {"schema": "dataset"},
+        "training": {"epochs": 4, "batch": 16, "dtype": "float64", "keep": "last", **training},
+        "evaluation": {"every": 0},
+        **sections,
+    }
+    return read_job(toml(words))
+
+
+def records_of(party: str, parties: tuple[str, ...], labels: tuple[str, ...], lacks: tuple[int, ...] = ()) -> Records:
+    generator = torch.Generator().manual_seed(7)
+    columns = {p: torch.randn(N, COLUMNS[p], generator=generator, dtype=torch.float64) for p in parties}
+    y = sum(x[:, 0] for x in columns.values()).clamp(-1, 1).round().long() + 1
+    x = columns.get(party, torch.zeros(N, 0)).clone()
+    index = torch.arange(N)
+    division = {"train": index[:TRAIN], "validation": index[TRAIN:75], "test": index[75:]}
+    present = torch.ones(N, dtype=torch.bool)
+    present[list(lacks)] = False
+    x[~present] = 0
+    return Records(
+        x,
+        y if party in labels else torch.zeros(N),
+        classes=3 if party in labels else 0,
+        numeric=(),
+        division=division,
+        present=present if lacks else None,
+    )
+
+
+def built(job: Job, holders: str, labels: str, lacks: tuple[int, ...] = (), **more: Any) -> Federation:
+    named = tuple(holders)
+    given = {p: records_of(p, named, (labels,), lacks if p == "a" else ()) for p in dict.fromkeys((*named, labels))}
+    return federation(job, given, **more)
+
+
+class Plain:
+    """All columns in one place, one optimiser a network: what every configuration must equal."""
+
+    def __init__(self, whole: Federation, other_order: bool = False) -> None:
+        self.whole, self.job = whole, whole.job
+        parts = next(iter(whole.parties.values())).network
+        self.nets = {name: module.double() for name, module in parts.modules.items()}
+        plan = next(iter(whole.parties.values())).plan
+        for name, module in self.nets.items():
+            secret = whole.secrets[plan.place(plan.copies(name)[0])]
+            initialise(module, first_weights(secret, whole.digest, name))
+        self.sources = {n: a.party.worker.source for n, a in whole.parties.items() if a.party.worker.source}
+        order = self.job.training.optimizer
+        make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[order.name]
+        more = {"momentum": order.momentum} if order.name == "sgd" else {"weight_decay": order.weight_decay}
+        self.optimizers = [make(module.parameters(), order.lr, **more) for module in self.nets.values()]
+        self.other_order = other_order
+
+    def run(self, loss: Callable[[dict[str, nn.Module], dict[str, Tensor], Tensor], Tensor]) -> dict[str, nn.Module]:
+        some = next(iter(self.sources.values()))
+        for epoch in range(self.job.training.epochs):
+            secret = b"another" if self.other_order else some._secret
+            order = order_of(TRAIN, secret, some._job, epoch)
+            for begin, end in equal_parts(TRAIN, self.job.training.batch):
+                rows = order[begin:end]
+                x = {party: source.features[rows] for party, source in self.sources.items()}
+                y = next(s.labels[rows] for s in self.sources.values() if s.records.schema.classes)
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad()
+                loss(self.nets, x, y).backward()
+                for optimizer in self.optimizers:
+                    optimizer.step()
+        return self.nets
+
+
+def far(whole: Federation, nets: dict[str, nn.Module]) -> float:
+    found = {}
+    for assembled in whole.parties.values():
+        for copy, segment in assembled.party.worker.segments.items():
+            for name, tensor in segment.tensors().items():
+                found[copy.segment, name] = float((tensor - nets[copy.segment].state_dict()[name]).abs().max())
+    assert {name for name, _ in found} == set(nets)
+    return max(found.values())
+
+
+cross_entropy = nn.functional.cross_entropy
+
+
+def side_by_side(nets: dict[str, nn.Module], x: dict[str, Tensor], holders: str = "abc") -> Tensor:
+    return torch.cat([nets[f"bottom_{party}"](x[party]) for party in holders], 1)
+
+
+def vertical_loss(nets, x, y):
+    return cross_entropy(nets["trunk"](side_by_side(nets, x)), y)
+
+
+def added_loss(nets, x, y):
+    return cross_entropy(nets["trunk"](sum(nets[f"bottom_{party}"](x[party]) for party in "abc")), y)
+
+
+def head_loss(nets, x, y):
+    return cross_entropy(nets["head"](nets["trunk"](side_by_side(nets, x))), y)
+
+
+def middle_loss(nets, x, y):
+    return cross_entropy(nets["trunk"](nets["middle"](side_by_side(nets, x))), y)
+
+
+def hop_loss(nets, x, y):
+    return cross_entropy(nets["trunk"](nets["hop_2"](nets["hop_1"](x["a"]))), y)
+
+
+def vertical(labels: str = "c", **training: Any) -> Job:
+    sections = {**holds(labels), **bottoms(), "networks.trunk": net(12, 3)}
+    return job_of(sections, configuration="vertical", **training)
+
+
+CASES: dict[str, tuple[Callable[..., Federation], Callable[..., Tensor]]] = {
+    "vertical, the label at a holder": (lambda **t: built(vertical(**t), "abc", "c"), vertical_loss),
+    "vertical, the label at a party of its own": (lambda **t: built(vertical("d", **t), "abc", "d"), vertical_loss),
+    "vertical, the label at the server": (lambda **t: built(vertical("server", **t), "abc", "server"), vertical_loss),
+    "vertical, added": (
+        lambda **t: built(
+            job_of({**holds("c"), **bottoms(), "networks.trunk": net(4, 3)}, configuration="vertical", join="sum", **t),
+            "abc",
+            "c",
+        ),
+        added_loss,
+    ),
+    "vertical with a head": (
+        lambda **t: built(
+            job_of(
+                {**holds("c"), **bottoms(), "networks.trunk": net(12, 6), "networks.head": net(6, 3)},
+                configuration="vertical",
+                **t,
+            ),
+            "abc",
+            "c",
+        ),
+        head_loss,
+    ),
+    "extended_vanilla": (
+        lambda **t: built(
+            job_of(
+                {**holds("c"), **bottoms(), "networks.middle": net(12, 6), "networks.trunk": net(6, 3)},
+                configuration="extended_vanilla",
+                middle="d",
+                **t,
+            ),
+            "abc",
+            "c",
+        ),
+        middle_loss,
+    ),
+    "multi_hop": (
+        lambda **t: built(
+            job_of(
+                {
+                    **holds("d", only="a"),
+                    "network": {
+                        "build": "partway.model.zoo:mlp",
+                        "arguments": {"inputs": 3, "hidden": [6, 5, 4], "classes": 3},
+                        "cut": ["hidden.1", "hidden.3"],
+                    },
+                },
+                configuration="multi_hop",
+                hops=["a", "b"],
+                **t,
+            ),
+            "a",
+            "d",
+        ),
+        hop_loss,
+    ),
+}
+cases = pytest.mark.parametrize("case", CASES)
+
+
+@cases
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_equals_its_plain_loop(case: str, optimizer: str) -> None:
+    make, loss = CASES[case]
+    whole = make(optimizer=OPTIMIZERS[optimizer])
+    whole.run()
+    assert far(whole, Plain(whole).run(loss)) < 1e-10
+    assert far(whole, Plain(whole, other_order=True).run(loss)) > 1e-4
+
+
+@cases
+def test_the_bits_do_not_depend_on_delivery(case: str) -> None:
+    make, _ = CASES[case]
+    quiet = make()
+    quiet.run()
+    for seed in range(5):
+        whole = make()
+        whole.run(Wire(seed))
+        assert bits(whole) == bits(quiet)
+
+
+def test_a_record_that_a_party_lacks_counts_as_zeros() -> None:
+    lacks = (0, 3, 11, 40)
+    whole = built(vertical(), "abc", "c", lacks)
+    whole.run()
+
+    def loss(nets, x, y):
+        here = ~(x["a"] == 0).all(1, keepdim=True)
+        own = {"a": nets["bottom_a"](x["a"]) * here}
+        parts = [own.get(party, nets[f"bottom_{party}"](x[party])) for party in "abc"]
+        return cross_entropy(nets["trunk"](torch.cat(parts, 1)), y)
+
+    assert far(whole, Plain(whole).run(loss)) < 1e-10
+    assert far(whole, Plain(whole).run(vertical_loss)) > 1e-4
