@@ -30,7 +30,9 @@ server = typer.Typer(help="The server.", no_args_is_help=True)
 site = typer.Typer(help="A hospital.", no_args_is_help=True)
 job = typer.Typer(help="An operator: jobs from signature to result.", no_args_is_help=True)
 ledger = typer.Typer(help="What left a party.", no_args_is_help=True)
-match = typer.Typer(help="Parties with columns of the same patients: which ones they have in common.", no_args_is_help=True)
+match = typer.Typer(
+    help="Parties with columns of the same patients: which ones they have in common.", no_args_is_help=True
+)
 for verbs, name in (
     *((federation, "federation"), (server, "server"), (site, "site"), (match, "match")),
     *((job, "job"), (ledger, "ledger")),
