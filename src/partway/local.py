@@ -260,8 +260,9 @@ class LocalFederation:
             raise _ERRORS.get(status.exit_code, PartwayError)(status.message)
         files = msgspec.msgpack.decode(self.ask("download", status.id.encode()), type=dict[str, bytes])
         digest = pki.open_job(signed, self._steward.pem).digest
-        folders = {name: self.folder / name / "runs" / f"{status.name}-{status.id}" for name in (SERVER, *self.sites)}
-        for site in self.sites:
+        sites = tuple(job.get("roster", self.sites))
+        folders = {name: self.folder / name / "runs" / f"{status.name}-{status.id}" for name in (SERVER, *sites)}
+        for site in sites:
             done = folders[site] / "result.json"
             self.wait_until(done.exists, site)
         return Ran(status, digest, files, folders)
@@ -324,4 +325,6 @@ def sections_of(job: Job) -> dict[str, dict[str, Any]]:
     """A job as the sections of its file, without roster and schema."""
     words: dict[str, dict[str, Any]] = msgspec.to_builtins(job)
     del words["roster"], words["columns"]
+    if not job.laned:
+        del words["training"]["schedule"]  # there is none to choose
     return words

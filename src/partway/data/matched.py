@@ -17,7 +17,7 @@ from torch import Tensor
 from partway.config import Connection, Held, Job
 from partway.data import table
 from partway.data.records import SHARES, Records
-from partway.data.schema import columns_of, part_of
+from partway.data.schema import columns_of, layout, part_of
 from partway.data.table import Checked, Table
 from partway.errors import DataError
 from partway.plan.batches import shuffled
@@ -67,7 +67,8 @@ def records_of(
 ) -> Records:
     """One party's columns and labels of the agreed records, in the order of the list, divided by the job's seed."""
     whole = columns_of(job)
-    checked = Checked(file, part_of(whole, held), labelled=bool(held.targets))
+    part = part_of(whole, held)
+    checked = Checked(file, part, labelled=bool(held.targets))
     checked.structure(None, units or {})
     checked.content(None)
     own = _ids(file, whole.schema.id, checked.rows)
@@ -86,7 +87,9 @@ def records_of(
     features = checked.features(job.records.scale)
     values = [torch.where(present, f.values[at], torch.nan if f.by_statistics else 0.0) for f in features]
     return Records(
-        torch.stack(values, 1) if values else torch.zeros(len(agreed), 0),
+        torch.stack(values, 1).view(-1, *layout(part, job.records.scale).shape)
+        if values
+        else torch.zeros(len(agreed), 0),
         checked.labels[at] if held.targets else torch.zeros(len(agreed)),
         classes=len(whole.classes) if held.targets else 0,
         numeric=tuple(number for number, feature in enumerate(features) if feature.by_statistics),
