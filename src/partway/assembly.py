@@ -83,6 +83,7 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         rounds=training.half_trained.rounds,
         local_epochs=training.half_trained.local_epochs,
         local_batch=training.half_trained.batch,
+        bottoms=training.half_trained.bottoms,
         synchronous_epochs=training.half_trained.synchronous_epochs,
     )
     options = Options(

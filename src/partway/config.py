@@ -137,6 +137,9 @@ class LocalOptimizer(Optimizer, frozen=True, kw_only=True):
 class HalfTrained(Settings, frozen=True, kw_only=True):
     """`half_trained` of `[training]`: what the sites do before the server's own epochs, and after them."""
 
+    bottoms: Literal["averaged", "largest"] = "averaged"
+    """What the sites' bottoms become: their average, or that of the site with the most training records, which alone
+    trains one for rounds x local_epochs."""
     rounds: Positive = 3
     """How often the sites' weights are averaged, blindly and by records."""
     local_epochs: Positive = 10
@@ -412,6 +415,8 @@ class Policy(Settings, frozen=True, kw_only=True):
     """Sites in a sum; with 2, a total minus one's own share is the other's."""
     least_records_in_sum: Count = 20
     """Records of the others, seen from any site, in each step's sum of gradients."""
+    least_records_in_hand_over: Count = 20
+    """Training records behind weights that one site has trained by itself and hands to another."""
     solvable_sums: bool = False
     """Also fewer than twice (inputs of the first layer + 1): their records can be solved for, exactly."""
     least_records_in_counts: Positive = 50

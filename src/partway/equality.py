@@ -16,6 +16,7 @@ from partway.assembly import Parts, network_of, optimizer_of, plan_of
 from partway.blueprint import DTYPES
 from partway.config import Job, Policy
 from partway.data.records import Records, statistics_of
+from partway.errors import UsageError
 from partway.model.segment import initialise
 from partway.plan.batches import equal_parts, union_batches
 from partway.plan.phases import LOCAL_HEAD, at_sites
@@ -50,6 +51,8 @@ def plain_run(
         records: by site.
         other_order: draws the records' order from other secrets: the control that must differ.
     """
+    if job.training.schedule == "half_trained" and job.training.half_trained.bottoms != "averaged":
+        raise UsageError("this loop has averaged bottoms only; tests/equivalence has one for each of the others")
     known = dict.fromkeys(secrets, bytes(32)) if other_order else secrets
     plain = _Plain(job, digest, known, records, server)
     for name, module in plain.network.modules.items():

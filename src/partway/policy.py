@@ -13,7 +13,7 @@ from typing import NamedTuple
 from partway.config import Job, Policy
 from partway.errors import Refused
 from partway.plan.batches import union_batches
-from partway.plan.plan import Edge, Plan, Rows, Sizes, Turn
+from partway.plan.plan import Copy, Edge, Plan, Rows, Sizes, Turn
 from partway.protocol.messages import Reason
 from partway.shapes import Shapes
 
@@ -100,6 +100,11 @@ def judge_groups(
     if any("weights" in dict(t.sums) for t in turns) and others(training) < policy.least_records_in_sum:
         words = f"averaged weights of only {others(training)} records of the other sites hide each one's"
         yield Objection(Reason.RECORDS, f"{words}; [policy] least_records_in_sum is {policy.least_records_in_sum}")
+    for site, receiver, records in hand_overs(plan, turns, training):
+        if records < policy.least_records_in_hand_over:
+            words = f"{site} would hand {receiver} weights that only {records} of its records stand behind"
+            due = f"[policy] least_records_in_hand_over is {policy.least_records_in_hand_over}"
+            yield Objection(Reason.RECORDS, f"{words}; {due}")
     counted = [sum(_rows_of(t).values()) for t in turns if "tally" in dict(t.sums)]
     if counted and min(counted) < policy.least_records_in_counts:
         words = f"counts over {min(counted)} records; [policy] least_records_in_counts is "
@@ -138,6 +143,26 @@ def _judge_gives(policy: Policy, me: str, plan: Plan, turns: Sequence[Turn]) -> 
 def releases(plan: Plan, turn: Turn) -> bool:
     """Whether in a turn activations go to where they are kept."""
     return any(plan[e.target].kind == "store" and e.kind == "activations" for e in plan.edges(turn.flow))
+
+
+def hand_overs(plan: Plan, turns: Sequence[Turn], training: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
+    """Weights that go from a site to another with what it alone has trained: both, and on how many of its records.
+
+    Args:
+        training: records of each site.
+    """
+    behind: Counter[Copy] = Counter()
+    for turn in turns:
+        mixed = {name for what, name in turn.sums if what != "tally"}
+        rows = _rows_of(turn) if turn.train else {}
+        for name in {*turn.train, *mixed}:
+            for copy in plan.copies(name):
+                behind[copy] = 0 if name in mixed else behind[copy] + rows.get(copy.lane, 0)
+        for source, target in turn.gives:
+            site, receiver = plan.place(source), plan.place(target)
+            if behind[source] and site != receiver and {site, receiver} <= {*plan.sites}:
+                yield site, receiver, min(behind[source], training[site])
+            behind[target] = 0
 
 
 def _rows_of(turn: Turn) -> Rows:

@@ -42,6 +42,7 @@ def permissive(*builds: str) -> Policy:
         most_flops=2**53 - 1,
         least_sites=2,
         least_records_in_sum=0,
+        least_records_in_hand_over=0,
         solvable_sums=True,
         least_records_in_counts=1,
         clear_sums=True,
