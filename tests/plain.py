@@ -3,7 +3,7 @@ far it is from what a loop comes to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -59,12 +59,6 @@ class Everything:
     def order(self, party: str, records: int, epoch: int) -> Tensor:
         return order_of(records, self.whole.secrets[party], self.whole.digest, epoch)
 
-    def batches(self, epoch: int) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """Union batches: the rows of each site that has some."""
-        for turn in self.steps():
-            if turn.epoch == epoch:
-                yield {site: self.part(site, turn) for site in self.whole.job.sites if turn.rows[0].get(site)}
-
     def part(self, site: str, turn: Turn) -> tuple[Tensor, Tensor]:
         """A site's labelled rows of a turn."""
         x, y = self.rows(site, "train", turn.epoch)
@@ -72,8 +66,10 @@ class Everything:
         where = slice(begin, begin + turn.rows[0][site])
         return x[where], y[where]
 
-    def steps(self) -> list[Turn]:
-        return [turn for turn in self.whole.parties["server"].party.session.turns if turn.train]
+    def steps(self) -> list[tuple[int, Turn]]:
+        """The turns that train, each with its number."""
+        turns = self.whole.parties["server"].party.session.turns
+        return [(number, turn) for number, turn in enumerate(turns) if turn.train]
 
     def seed(self, party: str, at: int, copy: Copy, micro_batch: int = 0) -> None:
         """Before a forward with dropout."""
@@ -91,8 +87,8 @@ def far(whole: Federation, expected: Mapping[Copy, nn.Module]) -> float:
     return max(float((weights[c] - flat[c]).abs().max()) for c in expected)
 
 
-def built(job: Job, sizes: Mapping[str, int]) -> Federation:
-    return federation(job, {site: records_of(site, n) for site, n in sizes.items()})
+def built(job: Job, sizes: Mapping[str, int], **more: Any) -> Federation:
+    return federation(job, {site: records_of(site, n) for site, n in sizes.items()}, **more)
 
 
 def same_bits_in_any_order(job: Job, sizes: Mapping[str, int], other: Job, seeds: int = 4) -> None:

@@ -25,6 +25,7 @@ from partway.party import Identity, Party
 from partway.plan.options import Options, with_options
 from partway.plan.phases import HELD, LOCAL_HEAD, SHELF, Schedule, Settings, at_sites, central, original
 from partway.plan.plan import Optimizing, Plan, Sizes, Turn
+from partway.plan.private import OWN, SHARED
 from partway.plan.rate import Rate
 from partway.plan.schedules import SCHEDULES, every_party
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
@@ -37,7 +38,7 @@ from partway.train.baselines import OptimizerOf
 from partway.train.draws import derived, first_weights, forward_seed
 from partway.train.metrics import Scores
 from partway.train.source import RecordSource, Shelf
-from partway.train.stopping import Best
+from partway.train.stopping import Best, value
 from partway.train.tallies import FIGURES, Classes, Evaluation, Moments, Squares, read_figures
 from partway.train.worker import Loss, Tally, Worker
 
@@ -84,6 +85,8 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         local_epochs=training.half_trained.local_epochs,
         local_batch=training.half_trained.batch,
         bottoms=training.half_trained.bottoms,
+        shared_epochs=training.private.shared_epochs,
+        gate=training.private.gate,
         synchronous_epochs=training.half_trained.synchronous_epochs,
     )
     options = Options(
@@ -277,6 +280,7 @@ def assemble(
     counted = {loss: classes_of(plan, schemas, loss) for loss in plan.losses}
     counted = {"scores": min(counted.values())} if plan.sites else {f"scores_{loss}": n for loss, n in counted.items()}
     evaluations = {name: Evaluation(classes) for name, classes in counted.items()}
+    own = {name: Evaluation(min(counted.values())) for name in (OWN, SHARED)}
     source, evaluation, classes = None, next(iter(evaluations.values())), Classes(next(iter(counted.values())))
     if place.records is not None:
         source = RecordSource(place.records, secret, digest, dtype, device)
@@ -290,8 +294,9 @@ def assemble(
         optimizers=optimizers_of(job),
         source=source,
         stores={c.segment: Shelf(job.sites, secret, digest) for c in plan.placed(me, "store") if c.segment == SHELF},
-        tallies=_tallies(source, evaluation, classes) if plan.sites else evaluations,
+        tallies=_tallies(source, evaluation, classes) | own if plan.sites else evaluations,
         judges=dict.fromkeys((*counted, HELD), lambda: rule.look(evaluation.all[-1][2])),
+        better=lambda one, other: _better(own[one], own[other]),
         reports={"scores": evaluation.report_all, "own_scores": evaluation.report_own, "classes": classes.report},
         account=door.account,
         draws=lambda turn, m, copy: forward_seed(secret, digest, turn, m, copy),
@@ -332,6 +337,13 @@ def _weighted(classes: Classes, worker: Worker) -> Loss:
         return nn.functional.cross_entropy(outputs, labels, weight=classes.weights.to(outputs), reduction="sum")
 
     return loss
+
+
+def _better(one: Evaluation, other: Evaluation) -> bool:
+    """On this site's own validation records; where it has none, nothing is."""
+    if "validation" not in one.own:
+        return False
+    return value(one.own["validation"]) > value(other.own["validation"])
 
 
 def _tallies(source: RecordSource | None, evaluation: Evaluation, classes: Classes) -> dict[str, Tally]:
@@ -387,6 +399,7 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
         holds=_holders(job, assembled.plan),
         ledgers={me: assembled.ledger.head.hex(), **{p: head.hex() for p, head in worker.accounts.items()}},
         machine=machine(job.training.threads),
+        chosen={} if worker.stays is None else {me: "own" if worker.stays else "shared"},
         scaling=_scaling(worker.source),
         whole=weights.keys() == assembled.network.whole.state_dict().keys(),
         weights=weights,
@@ -418,6 +431,10 @@ def weights_of(assembled: Assembled) -> dict[str, Tensor]:
     for copy, segment in party.worker.segments.items():
         if original(copy.segment) in terms[party.me]:
             prefix = assembled.network.prefix(original(copy.segment))
+            if copy.segment.endswith(":shared"):
+                if copy.lane:  # a site has chosen
+                    continue
+                prefix = "shared."
             tensors.update({prefix + name: tensor.cpu() for name, tensor in segment.tensors().items()})
     return tensors
 

@@ -154,6 +154,15 @@ class HalfTrained(Settings, frozen=True, kw_only=True):
     """Epochs of `synchronous` afterwards, in which gradients reach the bottoms again."""
 
 
+class Private(Settings, frozen=True, kw_only=True):
+    """`private` of `[training]`: what every site has of its own, and when."""
+
+    shared_epochs: Count = 3
+    """Epochs of `synchronous` that come first; `epochs` follow."""
+    gate: bool = True
+    """A site keeps what is its own only if it is better than the shared network on its own validation records."""
+
+
 Configuration = Literal["vanilla", "u_shaped", "vertical", "extended_vanilla", "multi_task", "multi_hop", "plan"]
 LANED = ("vanilla", "u_shaped")
 """Configurations in which each site has patients of its own."""
@@ -186,7 +195,7 @@ class Training(Settings, frozen=True, kw_only=True):
     """Of `extended_vanilla`: the site at which they meet."""
     hops: tuple[Name, ...] = ()
     """Of `multi_hop`: the parties before the server, in order; the first holds the features."""
-    schedule: Literal["synchronous", "half_trained"] = "synchronous"
+    schedule: Literal["synchronous", "half_trained", "private"] = "synchronous"
     """In which order the parties train; see `docs/schedules.md`."""
     epochs: Positive = 20
     """Of training together; of `half_trained` the server's, over what was released."""
@@ -209,6 +218,8 @@ class Training(Settings, frozen=True, kw_only=True):
     patience: Count = 0
     """Evaluations without a better one after which training stops; 0 for never."""
     half_trained: HalfTrained = field(default_factory=HalfTrained)
+    """Read if it is the schedule."""
+    private: Private = field(default_factory=Private)
     """Read if it is the schedule."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of weights and of what crosses a cut; equalities are checked in `float64`."""
@@ -381,6 +392,8 @@ class Job(Settings, frozen=True, kw_only=True):
         half = self.training.half_trained
         if self.training.schedule == "half_trained":
             return half.rounds * half.local_epochs + half.synchronous_epochs
+        if self.training.schedule == "private":
+            return self.training.private.shared_epochs + self.training.epochs
         return self.training.epochs
 
 
@@ -511,6 +524,7 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
     if job.training.patience and job.training.keep != "best":
         raise ConfigError(f"{where}: [training] patience needs keep = `best`")
     _check_options(job.training, where)
+    _check_private(job, where)
     if job.evaluation.site_scores and not job.evaluation.trunk_travels:
         raise ConfigError(
             f"{where}: [evaluation] site_scores needs trunk_travels = true, for scores are made at the sites"
@@ -548,6 +562,20 @@ def _check_parts(job: Job, where: str, scheduled: bool) -> None:
         raise ConfigError(f"{where}: {name} needs who holds the labels: [holds.PARTY] targets")
     if name == "extended_vanilla" and not training.middle:
         raise ConfigError(f"{where}: extended_vanilla needs the site where the outputs meet: [training] middle")
+
+
+def _check_private(job: Job, where: str) -> None:
+    """What stands against what a site has of its own."""
+    if job.training.schedule != "private":
+        return
+    here, terms = f"{where}: [training.private]", job.training.private
+    if terms.gate and not terms.shared_epochs:
+        words = "gate compares with the network of shared_epochs, and there are none; take some, or gate = false"
+        raise ConfigError(f"{here} {words}")
+    if terms.gate and not job.evaluation.trunk_travels:
+        raise ConfigError(f"{here} gate needs [evaluation] trunk_travels = true, for each site judges at home")
+    if job.result.bottom == "everyone":
+        raise ConfigError(f"{where}: [result] bottom = `everyone` has no meaning in private: each site has its own")
 
 
 def _check_options(training: Training, where: str) -> None:

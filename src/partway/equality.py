@@ -51,8 +51,9 @@ def plain_run(
         records: by site.
         other_order: draws the records' order from other secrets: the control that must differ.
     """
-    if job.training.schedule == "half_trained" and job.training.half_trained.bottoms != "averaged":
-        raise UsageError("this loop has averaged bottoms only; tests/equivalence has one for each of the others")
+    averaged = job.training.half_trained.bottoms == "averaged"
+    if not (job.training.schedule == "synchronous" or (job.training.schedule == "half_trained" and averaged)):
+        raise UsageError("here are loops of synchronous and half_trained with averaged bottoms; see tests/equivalence")
     known = dict.fromkeys(secrets, bytes(32)) if other_order else secrets
     plain = _Plain(job, digest, known, records, server)
     for name, module in plain.network.modules.items():

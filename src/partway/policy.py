@@ -13,6 +13,7 @@ from typing import NamedTuple
 from partway.config import Job, Policy
 from partway.errors import Refused
 from partway.plan.batches import union_batches
+from partway.plan.phases import original
 from partway.plan.plan import Copy, Edge, Plan, Rows, Sizes, Turn
 from partway.protocol.messages import Reason
 from partway.shapes import Shapes
@@ -71,8 +72,8 @@ def judge_turns(
     if kept and (times := released + max(kept.values())) > policy.most_releases:
         words = f"records' activations would have been handed over {times} times; [policy] most_releases is "
         yield Objection(Reason.RELEASES, words + str(policy.most_releases))
-    pieces = [shapes.pieces[c.segment] for c in plan.placed(me)]
-    if (flops := sum(p.forward + p.backward for p in pieces)) > policy.most_flops:
+    pieces = {original(c.segment): shapes.pieces[c.segment] for c in plan.placed(me)}
+    if (flops := sum(p.forward + p.backward for p in pieces.values())) > policy.most_flops:
         words = f"{flops:,} FLOPs a record here; [policy] most_flops is {policy.most_flops:,}"
         yield Objection(Reason.NETWORK_SIZE, words)
 
@@ -129,7 +130,7 @@ def _judge_edge(policy: Policy, me: str, shapes: Shapes, edge: Edge) -> Iterator
 
 
 def _judge_gives(policy: Policy, me: str, plan: Plan, turns: Sequence[Turn]) -> Iterator[Objection]:
-    """What is handed on for good. From site to site nothing is given that all sites do not train together."""
+    """What is handed on for good. What goes from site to site, `hand_overs` judges."""
     given = {a.segment: plan.place(b) for t in turns for a, b in t.gives if plan.place(a) == me != plan.place(b)}
     for segment, receiver in sorted(given.items()):
         if me in plan.sites and receiver not in plan.sites and not policy.bottom_to_everyone:

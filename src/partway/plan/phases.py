@@ -43,6 +43,10 @@ class Settings:
     """Of `half_trained`: records of one site in a step."""
     bottoms: Literal["averaged", "largest"] = "averaged"
     """Of `half_trained`: what the sites' bottoms become."""
+    shared_epochs: int = 3
+    """Of `private`: epochs of `synchronous` that come first."""
+    gate: bool = False
+    """Of `private`: each site keeps its own only where its validation records gain by it."""
     synchronous_epochs: int = 0
     """Of `half_trained`: epochs of `synchronous` that follow."""
 
@@ -73,7 +77,7 @@ def original(name: str) -> str:
     >>> original("trunk_here"), original("bottom")
     ('trunk', 'bottom')
     """
-    return name.removesuffix("_here").removesuffix("_there")
+    return name.partition(":")[0].removesuffix("_here").removesuffix("_there")
 
 
 def at_sites(plan: Plan) -> tuple[str, ...]:

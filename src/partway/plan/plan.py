@@ -271,6 +271,17 @@ class Judge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choice:
+    """At every site by itself: whether some of its segments stay, or others take their place."""
+
+    better: str
+    """The tally whose newest scores must be better than those of the next, or they do not stay."""
+    than: str
+    of: tuple[tuple[str, str], ...]
+    """Each segment, and the one whose weights it takes then; all have a copy at each site."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
     """One position of a schedule: a flow over so many rows, sums over copies, gives from copy to copy.
 
@@ -304,6 +315,7 @@ class Turn:
     fresh: bool = False
     """That optimiser forgets its state before this turn."""
     judge: Judge | None = None
+    choice: Choice | None = None
     equal: tuple[str, ...] = ()
     """The segments whose copies must have the same bits: every site tells every other a digest, sealed."""
     alike: tuple[str, ...] = ()

@@ -28,6 +28,7 @@ from partway.plan.phases import (
     with_counts,
 )
 from partway.plan.plan import ONE, Edge, Judge, Plan, Segment, Sizes, Turn
+from partway.plan.private import private
 
 
 def every_party(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
@@ -136,5 +137,5 @@ def half_trained(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
     return replace(whole, segments=segments, flows=flows).checked(), turns
 
 
-SCHEDULES = {"synchronous": synchronous, "half_trained": half_trained}
+SCHEDULES = {"synchronous": synchronous, "half_trained": half_trained, "private": private}
 """What `[training] schedule` may say."""

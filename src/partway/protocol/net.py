@@ -29,8 +29,8 @@ class Task(NamedTuple):
     """Something that one party does once in a turn."""
 
     kind: str
-    """forward backward share add load square norm update rescale give take attest compare judge heed account note
-    ticked"""
+    """forward backward share add load square norm update rescale give take choose attest compare judge heed account
+    note ticked"""
     what: Copy
     """The copy it is about; for a sum its segment without lane, for squares, norms and updates the unit, for verdicts,
     accounts and ticks the parties."""
@@ -87,6 +87,7 @@ class Shape(NamedTuple):
     train: tuple[str, ...]
     sums: tuple[tuple[str, str], ...]
     gives: tuple[tuple[Copy, Copy], ...]
+    chooses: bool
     equal: tuple[str, ...]
     alike: tuple[str, ...]
     judge: tuple[str, tuple[str, ...], tuple[str, ...]] | None
@@ -101,7 +102,17 @@ def shape(turn: Turn) -> Shape:
     judge = (turn.judge.at, turn.judge.keeps, turn.judge.hears) if turn.judge else None
     options = turn.clip > 0, turn.scaled
     return Shape(
-        turn.flow, live, turn.train, turn.sums, turn.gives, turn.equal, turn.alike, judge, turn.account, *options
+        turn.flow,
+        live,
+        turn.train,
+        turn.sums,
+        turn.gives,
+        turn.choice is not None,
+        turn.equal,
+        turn.alike,
+        judge,
+        turn.account,
+        *options,
     )
 
 
@@ -278,6 +289,8 @@ class _Compiler:
             give = self.task("give", source, self.plan.place(source))
             take = self.task("take", target, self.plan.place(target))
             self.tell(give, LetterKind.STATE, source, target, take)
+        for site in self.plan.sites if self.turn.chooses else ():
+            self.task("choose", Copy(site), site)
 
     def tell_all(self) -> None:
         """Digests of copies that must be equal, to each other copy; heads of ledgers, to the hub."""

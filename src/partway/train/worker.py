@@ -94,6 +94,7 @@ class Worker:
         stores: where released activations go here, by segment.
         tallies: what each tally counts here.
         judges: what a look at a tally's newest scores says here.
+        better: whether one tally's newest scores are better than another's here.
         reports: figures that a tally tells, shape (1, n), float64.
         account: the head of this party's ledger, 32 bytes.
         draws: seeds what a segment draws in a forward, from turn, micro-batch and copy.
@@ -111,6 +112,7 @@ class Worker:
         stores: Mapping[str, Store] | None = None,
         tallies: Mapping[str, Tally] | None = None,
         judges: Mapping[str, Callable[[], Verdict]] | None = None,
+        better: Callable[[str, str], bool] | None = None,
         reports: Mapping[str, Callable[[], Tensor]] | None = None,
         account: Callable[[], bytes] | None = None,
         draws: Callable[[int, int, Copy], int] | None = None,
@@ -129,6 +131,9 @@ class Worker:
         self.accounts: dict[str, bytes] = {}
         """Heads of the other parties' ledgers, at the hub."""
         self._judges, self._makers, self._account_head, self._draws = dict(judges or {}), optimizers, account, draws
+        self._better = better
+        self.stays: bool | None = None
+        """What a choice has come to here: whether what it was about has stayed."""
         self._device, self._half = torch.device(device), half
         self.loss: Loss = lambda x, y: nn.functional.cross_entropy(x, y, reduction="sum")
         """The turn's divisor makes it a mean."""
@@ -482,6 +487,14 @@ class Worker:
 
     def _take(self, copy: Copy, takes: Sequence[Post]) -> None:
         self.segments[copy].load_tensors(self._taken(takes[0]))
+
+    def _choose(self, site: Copy, _: Sequence[Post]) -> None:
+        choice = self._turn.choice
+        assert choice is not None
+        self.stays = self._better is not None and self._better(choice.better, choice.than)
+        for name, other in () if self.stays else choice.of:
+            taken = self.segments[Copy(other, site.segment)].tensors()
+            self.segments[Copy(name, site.segment)].load_tensors(taken)
 
     def _digest(self, copy: Copy) -> Tensor:
         """SHA-256 of a copy's weights, or a keyed hash of all records of a source, shape (32,), uint8."""
