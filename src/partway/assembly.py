@@ -19,13 +19,13 @@ from partway.data.schema import columns_of, layout, part_of
 from partway.egress import Door, Tap
 from partway.errors import ConfigError
 from partway.ledger import Ledger
-from partway.model.head import local_head
+from partway.model.head import SiteVector, local_head
 from partway.model.segment import Segment, has_batchnorm, initialise
 from partway.party import Identity, Party
 from partway.plan.options import Options, with_options
 from partway.plan.phases import HELD, LOCAL_HEAD, SHELF, Schedule, Settings, at_sites, central, original
 from partway.plan.plan import Optimizing, Plan, Sizes, Turn
-from partway.plan.private import OWN, SHARED
+from partway.plan.private import EMBEDDING, OWN, SHARED, STEM
 from partway.plan.rate import Rate
 from partway.plan.schedules import SCHEDULES, every_party
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
@@ -156,6 +156,10 @@ def network_of(job: Job, policy: Policy, schema: Schema | Schemas, server: str =
         head = local_head(output.shape[1:], classes, job.training.half_trained.local_head == "hidden")
         pieces[LOCAL_HEAD], _ = measure(head.to(dtype), output, first=False, half=half)
         network.modules[LOCAL_HEAD] = head
+    if job.embeds:
+        *_, layer = (m for m in network.modules[STEM].modules() if not isinstance(m, nn.Sequential))
+        network.modules[EMBEDDING] = SiteVector(layer).to(dtype)
+        pieces[EMBEDDING], _ = measure(network.modules[EMBEDDING], network.outputs[STEM], first=False, half=half)
     return Parts(**vars(network), pieces=pieces)
 
 
@@ -435,7 +439,12 @@ def weights_of(assembled: Assembled) -> dict[str, Tensor]:
                 if copy.lane:  # a site has chosen
                     continue
                 prefix = "shared."
+            if original(copy.segment) == EMBEDDING:
+                prefix = f"{EMBEDDING}.{copy.lane}."
             tensors.update({prefix + name: tensor.cpu() for name, tensor in segment.tensors().items()})
+    if (mine := tensors.pop(f"{EMBEDDING}.{party.me}.vector", None)) is not None:
+        *_, bias = assembled.network.modules[STEM].state_dict()  # so the site's network is one like any other
+        tensors[bias] = tensors[bias] + mine
     return tensors
 
 
@@ -443,7 +452,7 @@ def _holders(job: Job, plan: Plan) -> dict[str, list[str]]:
     """Who holds which segments at the end, by the job's `[result]`."""
     if not plan.sites:
         return {p: [n for n in plan.nets if plan.place(plan.copies(n)[0]) == p] for p in plan.parties}
-    sites, hub = list(at_sites(plan)), list(central(plan))
+    sites, hub = list(at_sites(plan)), [*central(plan), *([EMBEDDING] if job.embeds else [])]
     at_site = sites + (hub if job.result.trunk == "everyone" else [])
     at_hub = hub + (sites if job.result.bottom == "everyone" else [])
     return {**dict.fromkeys(plan.sites, at_site), plan.hub: at_hub}

@@ -159,6 +159,9 @@ class Private(Settings, frozen=True, kw_only=True):
 
     shared_epochs: Count = 3
     """Epochs of `synchronous` that come first; `epochs` follow."""
+    personal: Literal["bottom", "embedding"] = "bottom"
+    """What each site has of its own: the segments at the site; or, while these stay summed, a vector that is added to
+    what the trunk's first dense layer puts out."""
     gate: bool = True
     """A site keeps what is its own only if it is better than the shared network on its own validation records."""
 
@@ -374,6 +377,11 @@ class Job(Settings, frozen=True, kw_only=True):
         if self.plan is not None:
             return any(EACH in (segment.at, segment.copies) for segment in self.plan.segments)
         return self.configuration in LANED
+
+    @property
+    def embeds(self) -> bool:
+        """Each site has a vector of its own in the trunk."""
+        return self.training.schedule == "private" and self.training.private.personal == "embedding"
 
     @property
     def cuts(self) -> list[str]:

@@ -1,11 +1,12 @@
-"""The head behind which a site trains its bottom by itself."""
+"""Small pieces beside the network: the head behind which a site trains its bottom by itself, a site's own vector."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 HIDDEN = 64
 """Numbers in the hidden layer."""
@@ -29,3 +30,27 @@ def local_head(shape: Sequence[int], classes: int, hidden: bool) -> nn.Sequentia
         layers += [nn.Linear(width, HIDDEN), nn.ReLU()]
         width = HIDDEN
     return nn.Sequential(*layers, nn.Linear(width, classes))
+
+
+class SiteVector(nn.Module):
+    """Adds a learnt vector to a dense layer's output, as a one-hot input to that layer would: zeros at first.
+
+    Args:
+        layer: linear, or a convolution, to each channel of which one number is added.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._shape: tuple[int, ...]
+        if isinstance(layer, nn.Linear):
+            self._shape, width = (-1,), layer.out_features
+        else:
+            assert isinstance(layer, nn.modules.conv._ConvNd)
+            self._shape, width = (-1, *(1 for _ in layer.kernel_size)), layer.out_channels
+        self.vector = nn.Parameter(torch.zeros(width))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.vector)
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs + self.vector.view(self._shape)
