@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,9 +20,10 @@ from partway.data.schema import columns_of, layout, part_of
 from partway.egress import Door, Tap
 from partway.errors import ConfigError
 from partway.ledger import Ledger
-from partway.model.head import SiteVector, local_head
+from partway.model.head import SiteVector, decoder, local_head
 from partway.model.segment import Segment, has_batchnorm, initialise
 from partway.party import Identity, Party
+from partway.plan.decoders import DECODER, semi_supervised
 from partway.plan.options import Options, with_options
 from partway.plan.phases import HELD, LOCAL_HEAD, SHELF, Schedule, Settings, at_sites, central, original
 from partway.plan.plan import Optimizing, Plan, Sizes, Turn
@@ -97,7 +99,9 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
     )
     plan = configured(job, server)
     plan, schedule = SCHEDULES[training.schedule](plan, settings) if plan.sites else every_party(plan, settings)
-    return plan, with_options(plan, schedule, options)
+    schedule = with_options(plan, schedule, options)
+    alpha = training.semi_supervised.alpha
+    return semi_supervised(plan, schedule, alpha) if alpha else (plan, schedule)
 
 
 def optimizer_of(settings: Optimizer) -> OptimizerOf:
@@ -156,6 +160,11 @@ def network_of(job: Job, policy: Policy, schema: Schema | Schemas, server: str =
         head = local_head(output.shape[1:], classes, job.training.half_trained.local_head == "hidden")
         pieces[LOCAL_HEAD], _ = measure(head.to(dtype), output, first=False, half=half)
         network.modules[LOCAL_HEAD] = head
+    if job.training.semi_supervised.alpha:
+        output, wanted = network.outputs[plan.nets[0]], math.prod(schemas[plan.holders[0]].shape)
+        own = decoder(output.shape[1:], wanted, job.training.semi_supervised.decoder == "hidden").to(dtype)
+        network.modules[DECODER] = own
+        pieces[DECODER], _ = measure(own, output, first=False, half=half)
     if job.embeds:
         *_, layer = (m for m in network.modules[STEM].modules() if not isinstance(m, nn.Sequential))
         network.modules[EMBEDDING] = SiteVector(layer).to(dtype)
@@ -412,7 +421,7 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
 
 def _words_of(plan: Plan, turns: Sequence[Turn]) -> dict[str, Any]:
     """The plan, for people: what lives where, and what each flow that ran carries."""
-    flows = dict.fromkeys(turn.flow for turn in turns if turn.flow)
+    flows = dict.fromkeys(flow for turn in turns for flow in (turn.flow, turn.beside) if flow)
     used = {name for flow in flows for e in plan.edges(flow) for name in (e.source, e.target)}
     return {
         "segments": {s.name: s.at for s in plan.segments if s.name in used},

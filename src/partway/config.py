@@ -166,6 +166,15 @@ class Private(Settings, frozen=True, kw_only=True):
     """A site keeps what is its own only if it is better than the shared network on its own validation records."""
 
 
+class SemiSupervised(Settings, frozen=True, kw_only=True):
+    """`semi_supervised` of `[training]`: a decoder beside each site's bottom, and records without labels."""
+
+    alpha: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    """What the decoder's loss counts, a record's mean square over its features, beside that of the labels. 0: none."""
+    decoder: Literal["linear", "hidden"] = "hidden"
+    """From the cut's numbers back to the features; `hidden` has one layer of 64."""
+
+
 Configuration = Literal["vanilla", "u_shaped", "vertical", "extended_vanilla", "multi_task", "multi_hop", "plan"]
 LANED = ("vanilla", "u_shaped")
 """Configurations in which each site has patients of its own."""
@@ -224,6 +233,8 @@ class Training(Settings, frozen=True, kw_only=True):
     """Read if it is the schedule."""
     private: Private = field(default_factory=Private)
     """Read if it is the schedule."""
+    semi_supervised: SemiSupervised = field(default_factory=SemiSupervised)
+    """In any schedule."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of weights and of what crosses a cut; equalities are checked in `float64`."""
     threads: Annotated[int, Meta(ge=1, le=256)] = 1
@@ -317,6 +328,8 @@ class SchemaHeader(Settings, frozen=True, kw_only=True):
     """The column of the classes."""
     leave_out: tuple[str, ...] = ()
     """Labels whose records do not count."""
+    unlabelled: tuple[str, ...] = ()
+    """What stands for "no label": such records count in `semi_supervised` only."""
     by_prefix: bool = False
     """A label means what its first letters mean."""
     site: ColumnName | None = None
@@ -541,10 +554,18 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
     if name == "dataset":
         return job
     if not name.endswith(".toml"):
-        return msgspec.structs.replace(job, columns=bundled_schema(name, where))
+        return _with_columns(job, bundled_schema(name, where), where)
     if schema is None:
         raise ConfigError(f"{where}: [records] schema = `{name}` is a file, and only the job's text was given")
-    return msgspec.structs.replace(job, columns=read_schema(schema, name))
+    return _with_columns(job, read_schema(schema, name), where)
+
+
+def _with_columns(job: Job, columns: Columns, where: str) -> Job:
+    if columns.schema.unlabelled and not job.laned:
+        raise ConfigError(
+            f"{where}: [schema] unlabelled is for configurations in which sites have patients of their own"
+        )
+    return msgspec.structs.replace(job, columns=columns)
 
 
 def _check_parts(job: Job, where: str, scheduled: bool) -> None:
@@ -564,6 +585,8 @@ def _check_parts(job: Job, where: str, scheduled: bool) -> None:
         return
     if scheduled:
         raise ConfigError(f"{where}: in {name} every party has a part in every step, so there is no schedule to choose")
+    if training.semi_supervised.alpha:
+        raise ConfigError(f"{where}: semi_supervised is for configurations in which sites have patients of their own")
     if training.class_weights != "none":
         raise ConfigError(f"{where}: class_weights are for configurations in which sites have patients of their own")
     if name != "plan" and not any(held.targets for held in job.holds.values()):
@@ -645,7 +668,8 @@ def read_schema(text: str | bytes, where: str = "the schema") -> Columns:
         raise ConfigError(f"{where}: label, site and columns must be different columns")
     if schema.sites and header.site is None:
         raise ConfigError(f"{where}: [sites] says what stands in the site column, and [schema] site names none")
-    _check_words([*schema.classes.values(), header.leave_out], f"{where}: [classes] and leave_out", header.by_prefix)
+    labels = [*schema.classes.values(), header.leave_out, header.unlabelled]
+    _check_words(labels, f"{where}: [classes] and leave_out", header.by_prefix)
     for name, column in schema.columns.items():
         here = f"{where}: [columns] {name}"
         if isinstance(column, Numeric):

@@ -52,7 +52,9 @@ def plain_run(
         other_order: draws the records' order from other secrets: the control that must differ.
     """
     averaged = job.training.half_trained.bottoms == "averaged"
-    if not (job.training.schedule == "synchronous" or (job.training.schedule == "half_trained" and averaged)):
+    if job.training.semi_supervised.alpha or not (
+        job.training.schedule == "synchronous" or (job.training.schedule == "half_trained" and averaged)
+    ):
         raise UsageError("here are loops of synchronous and half_trained with averaged bottoms; see tests/equivalence")
     known = dict.fromkeys(secrets, bytes(32)) if other_order else secrets
     plain = _Plain(job, digest, known, records, server)

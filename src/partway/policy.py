@@ -167,9 +167,13 @@ def hand_overs(plan: Plan, turns: Sequence[Turn], training: Mapping[str, int]) -
 
 
 def _rows_of(turn: Turn) -> Rows:
-    """Records of each lane in all micro-batches of a turn: what is summed is summed over all of them."""
+    """Records of each lane in all micro-batches of a turn: what is summed is summed over all of them.
+
+    Unlabelled ones are not counted on to hide others'.
+    """
     return {
-        lane: sum(rows.get(lane, 0) for rows in turn.rows) for lane in dict.fromkeys(k for r in turn.rows for k in r)
+        lane: sum(rows.get(lane, 0) for rows in turn.labelled)
+        for lane in dict.fromkeys(k for r in turn.labelled for k in r)
     }
 
 

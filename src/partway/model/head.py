@@ -1,4 +1,4 @@
-"""Small pieces beside the network: the head behind which a site trains its bottom by itself, a site's own vector."""
+"""Small pieces beside the network: a head for a bottom that trains by itself, a decoder, a site's own vector."""
 
 from __future__ import annotations
 
@@ -30,6 +30,20 @@ def local_head(shape: Sequence[int], classes: int, hidden: bool) -> nn.Sequentia
         layers += [nn.Linear(width, HIDDEN), nn.ReLU()]
         width = HIDDEN
     return nn.Sequential(*layers, nn.Linear(width, classes))
+
+
+def decoder(shape: Sequence[int], features: int, hidden: bool) -> nn.Sequential:
+    """From a bottom's output, shape (records, *shape), back to flat features, shape (records, features).
+
+    >>> decoder((16,), features=29, hidden=False)
+    Sequential(
+      (0): Flatten(start_dim=1, end_dim=-1)
+      (1): Linear(in_features=16, out_features=29, bias=True)
+    )
+    """
+    width = math.prod(shape)
+    layers: list[nn.Module] = [nn.Linear(width, HIDDEN), nn.ReLU()] if hidden else []
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(HIDDEN if hidden else width, features))
 
 
 class SiteVector(nn.Module):

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from partway.plan.plan import ONE, Copy, Edge, Plan, Turn
+from partway.plan.plan import LOSSES, ONE, Copy, Edge, Plan, Turn
 from partway.protocol.messages import LetterKind, Post
 
 Unit = Copy
@@ -83,6 +83,7 @@ class Shape(NamedTuple):
     """All of a turn that its net depends on: who has records, not how many."""
 
     flow: str
+    beside: str
     live: tuple[tuple[str, ...], ...]
     train: tuple[str, ...]
     sums: tuple[tuple[str, str], ...]
@@ -103,6 +104,7 @@ def shape(turn: Turn) -> Shape:
     options = turn.clip > 0, turn.scaled
     return Shape(
         turn.flow,
+        turn.beside,
         live,
         turn.train,
         turn.sums,
@@ -130,6 +132,7 @@ EDGE_LETTERS = {
     "activations": LetterKind.ACTIVATIONS,
     "labels": LetterKind.LABELS,
     "scores": LetterKind.SCORES,
+    "features": LetterKind.ACTIVATIONS,
 }
 
 
@@ -204,7 +207,7 @@ class _Compiler:
         return name in self.turn.train or any(e.gradient and self.trains(e.source) for e in self.into(name))
 
     def has_loss(self, name: str) -> bool:
-        return self.plan[name].kind == "net" and any(e.kind == "labels" for e in self.into(name))
+        return self.plan[name].kind == "net" and any(e.kind in LOSSES for e in self.into(name))
 
     def gradients_from(self, name: str) -> list[Edge]:
         return [e for e in self.edges if e.source == name and e.gradient and self.goes_back(e.target)]
@@ -214,9 +217,11 @@ class _Compiler:
 
     def run(self) -> None:
         plan = self.plan
-        order = plan.order(self.turn.flow) or ()
         self.last_backward: dict[Copy, Task] = {}
         for m, lanes in enumerate(self.turn.live):
+            last = m == len(self.turn.live) - 1
+            flow = self.turn.beside if self.turn.beside and last else self.turn.flow
+            order, self.edges = plan.order(flow) or (), plan.edges(flow)
             rows = dict.fromkeys(lanes, 1)
             for name in order:
                 for copy in plan.live(name, rows):
