@@ -59,7 +59,7 @@ def test_a_letter_byte_by_byte() -> None:
         (Offer(b"job", b"pem"), b"\x93\xa5offer\xc4\x03job\xc4\x03pem"),
         (
             Hello("0.1.0", Counts(3, 2, 1), b"key", b"x", b"sig"),
-            b"\x96\xa5hello\xa50.1.0\x93\x03\x02\x01\xc4\x03key\xc4\x01x\xc4\x03sig",
+            b"\x96\xa5hello\xa50.1.0\x94\x03\x02\x01\x00\xc4\x03key\xc4\x01x\xc4\x03sig",
         ),
         (GroupKey(b"sealed"), b"\x92\xa3key\xc4\x06sealed"),
         (Ready(bytes(32), b"c", b"s"), b"\x94\xa5ready\xc4\x20" + bytes(32) + b"\xc4\x01c\xc4\x01s"),

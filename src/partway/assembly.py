@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,12 +20,14 @@ from partway.data.schema import columns_of, layout, part_of
 from partway.egress import Door, Tap
 from partway.errors import ConfigError
 from partway.ledger import Ledger
-from partway.model.head import local_head
+from partway.model.head import SiteVector, decoder, local_head
 from partway.model.segment import Segment, has_batchnorm, initialise
 from partway.party import Identity, Party
+from partway.plan.decoders import DECODER, semi_supervised
 from partway.plan.options import Options, with_options
 from partway.plan.phases import HELD, LOCAL_HEAD, SHELF, Schedule, Settings, at_sites, central, original
 from partway.plan.plan import Optimizing, Plan, Sizes, Turn
+from partway.plan.private import EMBEDDING, OWN, SHARED, STEM
 from partway.plan.rate import Rate
 from partway.plan.schedules import SCHEDULES, every_party
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
@@ -37,7 +40,7 @@ from partway.train.baselines import OptimizerOf
 from partway.train.draws import derived, first_weights, forward_seed
 from partway.train.metrics import Scores
 from partway.train.source import RecordSource, Shelf
-from partway.train.stopping import Best
+from partway.train.stopping import Best, value
 from partway.train.tallies import FIGURES, Classes, Evaluation, Moments, Squares, read_figures
 from partway.train.worker import Loss, Tally, Worker
 
@@ -83,6 +86,9 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         rounds=training.half_trained.rounds,
         local_epochs=training.half_trained.local_epochs,
         local_batch=training.half_trained.batch,
+        bottoms=training.half_trained.bottoms,
+        shared_epochs=training.private.shared_epochs,
+        gate=training.private.gate,
         synchronous_epochs=training.half_trained.synchronous_epochs,
     )
     options = Options(
@@ -93,7 +99,9 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
     )
     plan = configured(job, server)
     plan, schedule = SCHEDULES[training.schedule](plan, settings) if plan.sites else every_party(plan, settings)
-    return plan, with_options(plan, schedule, options)
+    schedule = with_options(plan, schedule, options)
+    alpha = training.semi_supervised.alpha
+    return semi_supervised(plan, schedule, alpha) if alpha else (plan, schedule)
 
 
 def optimizer_of(settings: Optimizer) -> OptimizerOf:
@@ -155,6 +163,15 @@ def network_of(job: Job, policy: Policy, schema: Schema | Schemas, server: str =
         head = local_head(output.shape[1:], classes, job.training.half_trained.local_head == "hidden")
         pieces[LOCAL_HEAD], _ = measure(head.to(dtype), output, first=False, half=half)
         network.modules[LOCAL_HEAD] = head
+    if job.training.semi_supervised.alpha:
+        output, wanted = network.outputs[plan.nets[0]], math.prod(schemas[plan.holders[0]].shape)
+        own = decoder(output.shape[1:], wanted, job.training.semi_supervised.decoder == "hidden").to(dtype)
+        network.modules[DECODER] = own
+        pieces[DECODER], _ = measure(own, output, first=False, half=half)
+    if job.embeds:
+        *_, layer = (m for m in network.modules[STEM].modules() if not isinstance(m, nn.Sequential))
+        network.modules[EMBEDDING] = SiteVector(layer).to(dtype)
+        pieces[EMBEDDING], _ = measure(network.modules[EMBEDDING], network.outputs[STEM], first=False, half=half)
     return Parts(**vars(network), pieces=pieces)
 
 
@@ -279,6 +296,7 @@ def assemble(
     counted = {loss: classes_of(plan, schemas, loss) for loss in plan.losses}
     counted = {"scores": min(counted.values())} if plan.sites else {f"scores_{loss}": n for loss, n in counted.items()}
     evaluations = {name: Evaluation(classes) for name, classes in counted.items()}
+    own = {name: Evaluation(min(counted.values())) for name in (OWN, SHARED)}
     source, evaluation, classes = None, next(iter(evaluations.values())), Classes(next(iter(counted.values())))
     if place.records is not None:
         source = RecordSource(place.records, secret, digest, dtype, device)
@@ -292,8 +310,9 @@ def assemble(
         optimizers=optimizers_of(job),
         source=source,
         stores={c.segment: Shelf(job.sites, secret, digest) for c in plan.placed(me, "store") if c.segment == SHELF},
-        tallies=_tallies(source, evaluation, classes) if plan.sites else evaluations,
+        tallies=_tallies(source, evaluation, classes) | own if plan.sites else evaluations,
         judges=dict.fromkeys((*counted, HELD), lambda: rule.look(evaluation.all[-1][2])),
+        better=lambda one, other: _better(own[one], own[other]),
         reports={"scores": evaluation.report_all, "own_scores": evaluation.report_own, "classes": classes.report},
         account=door.account,
         draws=lambda turn, m, copy: forward_seed(secret, digest, turn, m, copy),
@@ -334,6 +353,13 @@ def _weighted(classes: Classes, worker: Worker) -> Loss:
         return nn.functional.cross_entropy(outputs, labels, weight=classes.weights.to(outputs), reduction="sum")
 
     return loss
+
+
+def _better(one: Evaluation, other: Evaluation) -> bool:
+    """On this site's own validation records; where it has none, nothing is."""
+    if "validation" not in one.own:
+        return False
+    return value(one.own["validation"]) > value(other.own["validation"])
 
 
 def _tallies(source: RecordSource | None, evaluation: Evaluation, classes: Classes) -> dict[str, Tally]:
@@ -389,6 +415,7 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
         holds=_holders(job, assembled.plan),
         ledgers={me: assembled.ledger.head.hex(), **{p: head.hex() for p, head in worker.accounts.items()}},
         machine=machine(job.training.threads),
+        chosen={} if worker.stays is None else {me: "own" if worker.stays else "shared"},
         scaling=_scaling(worker.source),
         whole=weights.keys() == assembled.network.whole.state_dict().keys(),
         weights=weights,
@@ -397,7 +424,7 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
 
 def _words_of(plan: Plan, turns: Sequence[Turn]) -> dict[str, Any]:
     """The plan, for people: what lives where, and what each flow that ran carries."""
-    flows = dict.fromkeys(turn.flow for turn in turns if turn.flow)
+    flows = dict.fromkeys(flow for turn in turns for flow in (turn.flow, turn.beside) if flow)
     used = {name for flow in flows for e in plan.edges(flow) for name in (e.source, e.target)}
     return {
         "segments": {s.name: s.at for s in plan.segments if s.name in used},
@@ -420,7 +447,16 @@ def weights_of(assembled: Assembled) -> dict[str, Tensor]:
     for copy, segment in party.worker.segments.items():
         if original(copy.segment) in terms[party.me]:
             prefix = assembled.network.prefix(original(copy.segment))
+            if copy.segment.endswith(":shared"):
+                if copy.lane:  # a site has chosen
+                    continue
+                prefix = "shared."
+            if original(copy.segment) == EMBEDDING:
+                prefix = f"{EMBEDDING}.{copy.lane}."
             tensors.update({prefix + name: tensor.cpu() for name, tensor in segment.tensors().items()})
+    if (mine := tensors.pop(f"{EMBEDDING}.{party.me}.vector", None)) is not None:
+        *_, bias = assembled.network.modules[STEM].state_dict()  # so the site's network is one like any other
+        tensors[bias] = tensors[bias] + mine
     return tensors
 
 
@@ -428,7 +464,7 @@ def _holders(job: Job, plan: Plan) -> dict[str, list[str]]:
     """Who holds which segments at the end, by the job's `[result]`."""
     if not plan.sites:
         return {p: [n for n in plan.nets if plan.place(plan.copies(n)[0]) == p] for p in plan.parties}
-    sites, hub = list(at_sites(plan)), list(central(plan))
+    sites, hub = list(at_sites(plan)), [*central(plan), *([EMBEDDING] if job.embeds else [])]
     at_site = sites + (hub if job.result.trunk == "everyone" else [])
     at_hub = hub + (sites if job.result.bottom == "everyone" else [])
     return {**dict.fromkeys(plan.sites, at_site), plan.hub: at_hub}

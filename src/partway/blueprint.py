@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from partway.config import Job, Policy
+from partway.config import LANED, Job, Policy
 from partway.data.records import Schema
 from partway.errors import ConfigError
-from partway.model.cut import cut
+from partway.model.cut import cut, first_dense
 from partway.model.recipe import build
 from partway.plan.configurations import extended_vanilla, multi_hop, multi_task, u_shaped, vanilla, vertical
 from partway.plan.plan import EACH, ONE, Edge, Plan, Segment
+from partway.plan.private import with_stem
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Schemas = Mapping[str, Schema]
@@ -36,10 +37,9 @@ def configured(job: Job, server: str = "server") -> Plan:
     training, sites = job.training, job.sites or ("site",)
     if job.plan is not None:
         return own_plan(job, server)
-    if job.configuration == "vanilla":
-        return vanilla(sites, server)
-    if job.configuration == "u_shaped":
-        return u_shaped(sites, server)
+    if job.configuration in LANED:
+        plan = vanilla(sites, server) if job.configuration == "vanilla" else u_shaped(sites, server)
+        return with_stem(plan) if job.embeds else plan
     _check_parties(job, server)
     holders = [party for party, held in job.holds.items() if held.columns]
     tasks = {target: party for party, held in job.holds.items() for target in held.targets}
@@ -120,7 +120,10 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
         shape = schemas[plan.holders[0]].shape
         _takes(whole, torch.zeros(4, *shape, dtype=dtype), f"[network] {terms.build}")
         generator = torch.Generator().manual_seed(0)
-        pieces = cut(whole, torch.randn(4, *shape, generator=generator), terms.cut)
+        after = list(terms.cut)
+        if job.embeds:
+            after.insert(1, first_dense(whole, *after))
+        pieces = cut(whole, torch.randn(4, *shape, generator=generator), after)
         modules.update(zip(plan.nets, pieces, strict=True))
     else:
         _check_names(job, plan)

@@ -137,6 +137,9 @@ class LocalOptimizer(Optimizer, frozen=True, kw_only=True):
 class HalfTrained(Settings, frozen=True, kw_only=True):
     """`half_trained` of `[training]`: what the sites do before the server's own epochs, and after them."""
 
+    bottoms: Literal["averaged", "largest"] = "averaged"
+    """What the sites' bottoms become: their average, or that of the site with the most training records, which alone
+    trains one for rounds x local_epochs."""
     rounds: Positive = 3
     """How often the sites' weights are averaged, blindly and by records."""
     local_epochs: Positive = 10
@@ -149,6 +152,27 @@ class HalfTrained(Settings, frozen=True, kw_only=True):
     """What stands behind the bottom in local epochs; `hidden` has one layer of 64 more."""
     synchronous_epochs: Count = 0
     """Epochs of `synchronous` afterwards, in which gradients reach the bottoms again."""
+
+
+class Private(Settings, frozen=True, kw_only=True):
+    """`private` of `[training]`: what every site has of its own, and when."""
+
+    shared_epochs: Count = 3
+    """Epochs of `synchronous` that come first; `epochs` follow."""
+    personal: Literal["bottom", "embedding"] = "bottom"
+    """What each site has of its own: the segments at the site; or, while these stay summed, a vector that is added to
+    what the trunk's first dense layer puts out."""
+    gate: bool = True
+    """A site keeps what is its own only if it is better than the shared network on its own validation records."""
+
+
+class SemiSupervised(Settings, frozen=True, kw_only=True):
+    """`semi_supervised` of `[training]`: a decoder beside each site's bottom, and records without labels."""
+
+    alpha: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    """What the decoder's loss counts, a record's mean square over its features, beside that of the labels. 0: none."""
+    decoder: Literal["linear", "hidden"] = "hidden"
+    """From the cut's numbers back to the features; `hidden` has one layer of 64."""
 
 
 Configuration = Literal["vanilla", "u_shaped", "vertical", "extended_vanilla", "multi_task", "multi_hop", "plan"]
@@ -183,7 +207,7 @@ class Training(Settings, frozen=True, kw_only=True):
     """Of `extended_vanilla`: the site at which they meet."""
     hops: tuple[Name, ...] = ()
     """Of `multi_hop`: the parties before the server, in order; the first holds the features."""
-    schedule: Literal["synchronous", "half_trained"] = "synchronous"
+    schedule: Literal["synchronous", "half_trained", "private"] = "synchronous"
     """In which order the parties train; see `docs/schedules.md`."""
     epochs: Positive = 20
     """Of training together; of `half_trained` the server's, over what was released."""
@@ -207,6 +231,10 @@ class Training(Settings, frozen=True, kw_only=True):
     """Evaluations without a better one after which training stops; 0 for never."""
     half_trained: HalfTrained = field(default_factory=HalfTrained)
     """Read if it is the schedule."""
+    private: Private = field(default_factory=Private)
+    """Read if it is the schedule."""
+    semi_supervised: SemiSupervised = field(default_factory=SemiSupervised)
+    """In any schedule."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of weights and of what crosses a cut; equalities are checked in `float64`."""
     threads: Annotated[int, Meta(ge=1, le=256)] = 1
@@ -316,6 +344,8 @@ class SchemaHeader(Settings, frozen=True, kw_only=True):
     """The column of the classes."""
     leave_out: tuple[str, ...] = ()
     """Labels whose records do not count."""
+    unlabelled: tuple[str, ...] = ()
+    """What stands for "no label": such records count in `semi_supervised` only."""
     by_prefix: bool = False
     """A label means what its first letters mean."""
     site: ColumnName | None = None
@@ -378,6 +408,11 @@ class Job(Settings, frozen=True, kw_only=True):
         return self.configuration in LANED
 
     @property
+    def embeds(self) -> bool:
+        """Each site has a vector of its own in the trunk."""
+        return self.training.schedule == "private" and self.training.private.personal == "embedding"
+
+    @property
     def cuts(self) -> list[str]:
         """Where the network is cut, if it is one."""
         return self.network.cut if self.network is not None else []
@@ -394,6 +429,8 @@ class Job(Settings, frozen=True, kw_only=True):
         half = self.training.half_trained
         if self.training.schedule == "half_trained":
             return half.rounds * half.local_epochs + half.synchronous_epochs
+        if self.training.schedule == "private":
+            return self.training.private.shared_epochs + self.training.epochs
         return self.training.epochs
 
 
@@ -428,6 +465,8 @@ class Policy(Settings, frozen=True, kw_only=True):
     """Sites in a sum; with 2, a total minus one's own share is the other's."""
     least_records_in_sum: Count = 20
     """Records of the others, seen from any site, in each step's sum of gradients."""
+    least_records_in_hand_over: Count = 20
+    """Training records behind weights that one site has trained by itself and hands to another."""
     solvable_sums: bool = False
     """Also fewer than twice (inputs of the first layer + 1): their records can be solved for, exactly."""
     least_records_in_counts: Positive = 50
@@ -522,6 +561,7 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
     if job.training.patience and job.training.keep != "best":
         raise ConfigError(f"{where}: [training] patience needs keep = `best`")
     _check_options(job.training, where)
+    _check_private(job, where)
     if job.evaluation.site_scores and not job.evaluation.trunk_travels:
         raise ConfigError(
             f"{where}: [evaluation] site_scores needs trunk_travels = true, for scores are made at the sites"
@@ -530,10 +570,18 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
     if name == "dataset":
         return job
     if not name.endswith(".toml"):
-        return msgspec.structs.replace(job, columns=bundled_schema(name, where))
+        return _with_columns(job, bundled_schema(name, where), where)
     if schema is None:
         raise ConfigError(f"{where}: [records] schema = `{name}` is a file, and only the job's text was given")
-    return msgspec.structs.replace(job, columns=read_schema(schema, name))
+    return _with_columns(job, read_schema(schema, name), where)
+
+
+def _with_columns(job: Job, columns: Columns, where: str) -> Job:
+    if columns.schema.unlabelled and not job.laned:
+        raise ConfigError(
+            f"{where}: [schema] unlabelled is for configurations in which sites have patients of their own"
+        )
+    return msgspec.structs.replace(job, columns=columns)
 
 
 def _check_parts(job: Job, where: str, scheduled: bool) -> None:
@@ -553,12 +601,28 @@ def _check_parts(job: Job, where: str, scheduled: bool) -> None:
         return
     if scheduled:
         raise ConfigError(f"{where}: in {name} every party has a part in every step, so there is no schedule to choose")
+    if training.semi_supervised.alpha:
+        raise ConfigError(f"{where}: semi_supervised is for configurations in which sites have patients of their own")
     if training.class_weights != "none":
         raise ConfigError(f"{where}: class_weights are for configurations in which sites have patients of their own")
     if name != "plan" and not any(held.targets for held in job.holds.values()):
         raise ConfigError(f"{where}: {name} needs who holds the labels: [holds.PARTY] targets")
     if name == "extended_vanilla" and not training.middle:
         raise ConfigError(f"{where}: extended_vanilla needs the site where the outputs meet: [training] middle")
+
+
+def _check_private(job: Job, where: str) -> None:
+    """What stands against what a site has of its own."""
+    if job.training.schedule != "private":
+        return
+    here, terms = f"{where}: [training.private]", job.training.private
+    if terms.gate and not terms.shared_epochs:
+        words = "gate compares with the network of shared_epochs, and there are none; take some, or gate = false"
+        raise ConfigError(f"{here} {words}")
+    if terms.gate and not job.evaluation.trunk_travels:
+        raise ConfigError(f"{here} gate needs [evaluation] trunk_travels = true, for each site judges at home")
+    if job.result.bottom == "everyone":
+        raise ConfigError(f"{where}: [result] bottom = `everyone` has no meaning in private: each site has its own")
 
 
 def _check_options(training: Training, where: str) -> None:
@@ -620,7 +684,8 @@ def read_schema(text: str | bytes, where: str = "the schema") -> Columns:
         raise ConfigError(f"{where}: label, site and columns must be different columns")
     if schema.sites and header.site is None:
         raise ConfigError(f"{where}: [sites] says what stands in the site column, and [schema] site names none")
-    _check_words([*schema.classes.values(), header.leave_out], f"{where}: [classes] and leave_out", header.by_prefix)
+    labels = [*schema.classes.values(), header.leave_out, header.unlabelled]
+    _check_words(labels, f"{where}: [classes] and leave_out", header.by_prefix)
     for name, column in schema.columns.items():
         here = f"{where}: [columns] {name}"
         if isinstance(column, Numeric):

@@ -16,6 +16,7 @@ from partway.assembly import Parts, network_of, optimizer_of, plan_of
 from partway.blueprint import DTYPES
 from partway.config import Job, Policy
 from partway.data.records import Records, statistics_of
+from partway.errors import UsageError
 from partway.model.segment import initialise
 from partway.plan.batches import equal_parts, union_batches
 from partway.plan.phases import LOCAL_HEAD, at_sites
@@ -53,6 +54,11 @@ def plain_run(
         records: by site.
         other_order: draws the records' order from other secrets: the control that must differ.
     """
+    averaged = job.training.half_trained.bottoms == "averaged"
+    if job.training.semi_supervised.alpha or not (
+        job.training.schedule == "synchronous" or (job.training.schedule == "half_trained" and averaged)
+    ):
+        raise UsageError("here are loops of synchronous and half_trained with averaged bottoms; see tests/equivalence")
     known = dict.fromkeys(secrets, bytes(32)) if other_order else secrets
     plain = _Plain(job, digest, known, records, server)
     for name, module in plain.network.modules.items():

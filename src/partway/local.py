@@ -36,6 +36,7 @@ _SERVER_ALLOWS = {
     "clear_sums": True,
     "solvable_sums": True,
     "least_records_in_sum": 0,
+    "least_records_in_hand_over": 0,
     "least_records_in_counts": 1,
     "most_epochs": 10_000,
 }

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from partway.config import Job, Policy
 from partway.errors import Refused
 from partway.plan.batches import union_batches
-from partway.plan.plan import Edge, Plan, Rows, Sizes, Turn
+from partway.plan.phases import original
+from partway.plan.plan import Copy, Edge, Plan, Rows, Sizes, Turn
 from partway.protocol.messages import Reason
 from partway.shapes import Shapes
 
@@ -71,8 +72,8 @@ def judge_turns(
     if kept and (times := released + max(kept.values())) > policy.most_releases:
         words = f"records' activations would have been handed over {times} times; [policy] most_releases is "
         yield Objection(Reason.RELEASES, words + str(policy.most_releases))
-    pieces = [shapes.pieces[c.segment] for c in plan.placed(me)]
-    if (flops := sum(p.forward + p.backward for p in pieces)) > policy.most_flops:
+    pieces = {original(c.segment): shapes.pieces[c.segment] for c in plan.placed(me)}
+    if (flops := sum(p.forward + p.backward for p in pieces.values())) > policy.most_flops:
         words = f"{flops:,} FLOPs a record here; [policy] most_flops is {policy.most_flops:,}"
         yield Objection(Reason.NETWORK_SIZE, words)
 
@@ -100,6 +101,11 @@ def judge_groups(
     if any("weights" in dict(t.sums) for t in turns) and others(training) < policy.least_records_in_sum:
         words = f"averaged weights of only {others(training)} records of the other sites hide each one's"
         yield Objection(Reason.RECORDS, f"{words}; [policy] least_records_in_sum is {policy.least_records_in_sum}")
+    for site, receiver, records in hand_overs(plan, turns, training):
+        if records < policy.least_records_in_hand_over:
+            words = f"{site} would hand {receiver} weights that only {records} of its records stand behind"
+            due = f"[policy] least_records_in_hand_over is {policy.least_records_in_hand_over}"
+            yield Objection(Reason.RECORDS, f"{words}; {due}")
     counted = [sum(_rows_of(t).values()) for t in turns if "tally" in dict(t.sums)]
     if counted and min(counted) < policy.least_records_in_counts:
         words = f"counts over {min(counted)} records; [policy] least_records_in_counts is "
@@ -124,7 +130,7 @@ def _judge_edge(policy: Policy, me: str, shapes: Shapes, edge: Edge) -> Iterator
 
 
 def _judge_gives(policy: Policy, me: str, plan: Plan, turns: Sequence[Turn]) -> Iterator[Objection]:
-    """What is handed on for good. From site to site nothing is given that all sites do not train together."""
+    """What is handed on for good. What goes from site to site, `hand_overs` judges."""
     given = {a.segment: plan.place(b) for t in turns for a, b in t.gives if plan.place(a) == me != plan.place(b)}
     for segment, receiver in sorted(given.items()):
         if me in plan.sites and receiver not in plan.sites and not policy.bottom_to_everyone:
@@ -140,10 +146,34 @@ def releases(plan: Plan, turn: Turn) -> bool:
     return any(plan[e.target].kind == "store" and e.kind == "activations" for e in plan.edges(turn.flow))
 
 
+def hand_overs(plan: Plan, turns: Sequence[Turn], training: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
+    """Weights that go from a site to another with what it alone has trained: both, and on how many of its records.
+
+    Args:
+        training: records of each site.
+    """
+    behind: Counter[Copy] = Counter()
+    for turn in turns:
+        mixed = {name for what, name in turn.sums if what != "tally"}
+        rows = _rows_of(turn) if turn.train else {}
+        for name in {*turn.train, *mixed}:
+            for copy in plan.copies(name):
+                behind[copy] = 0 if name in mixed else behind[copy] + rows.get(copy.lane, 0)
+        for source, target in turn.gives:
+            site, receiver = plan.place(source), plan.place(target)
+            if behind[source] and site != receiver and {site, receiver} <= {*plan.sites}:
+                yield site, receiver, min(behind[source], training[site])
+            behind[target] = 0
+
+
 def _rows_of(turn: Turn) -> Rows:
-    """Records of each lane in all micro-batches of a turn: what is summed is summed over all of them."""
+    """Records of each lane in all micro-batches of a turn: what is summed is summed over all of them.
+
+    Unlabelled ones are not counted on to hide others'.
+    """
     return {
-        lane: sum(rows.get(lane, 0) for rows in turn.rows) for lane in dict.fromkeys(k for r in turn.rows for k in r)
+        lane: sum(rows.get(lane, 0) for rows in turn.labelled)
+        for lane in dict.fromkeys(k for r in turn.labelled for k in r)
     }
 
 

@@ -43,6 +43,8 @@ class Result:
     """Which party holds which segments at the end, by the job's terms."""
     ledgers: dict[str, str] = field(default_factory=dict)
     """Heads of the parties' ledgers, as far as they were told."""
+    chosen: dict[str, str] = field(default_factory=dict)
+    """Of `private` with a gate: whether a site's network is its `own` or the `shared` one, as far as known here."""
     machine: dict[str, Any] = field(default_factory=dict)
     scaling: dict[str, list[float]] = field(default_factory=dict)
     """`mean` and `deviation` of the columns that all sites' statistics scale, at a party that knows them."""

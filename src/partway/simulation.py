@@ -42,6 +42,7 @@ def permissive(*builds: str) -> Policy:
         most_flops=2**53 - 1,
         least_sites=2,
         least_records_in_sum=0,
+        least_records_in_hand_over=0,
         solvable_sums=True,
         least_records_in_counts=1,
         clear_sums=True,
@@ -213,7 +214,9 @@ def together(whole: Federation, seconds: float) -> Result:
         result.cost.update(own.cost)
         result.ledgers.update(own.ledgers)
         result.all, result.validation = own.all or result.all, own.validation or result.validation
-        result.weights.update(own.weights)
+        prefix = f"sites.{site}." if whole.job.training.schedule == "private" else ""
+        result.weights.update({prefix + name: weight for name, weight in own.weights.items()})
+        result.chosen.update(own.chosen)
         result.scaling = own.scaling if whole.job.laned else {}
         result.whole = result.whole or own.whole
     state = next(iter(whole.parties.values())).network.whole.state_dict()

@@ -42,7 +42,7 @@ class Records:
 
     Args:
         features: shape (n, ...). In numeric columns NaN is a value that was not measured.
-        labels: int64, shape (n,), from 0 to `classes` - 1.
+        labels: int64, shape (n,), from 0 to `classes` - 1; -1 for a record that has none.
         numeric: columns of a table that are to be standardised.
         division: indices of the records in each part.
         ids: of all records, where other parties hold columns of the same ones; without them, their numbers.
@@ -68,7 +68,7 @@ class Records:
 
     @classmethod
     def from_dataset(cls, dataset: Dataset[Any], classes: int, seed: int) -> Records:
-        """All of a PyTorch dataset of (features, label), held in memory.
+        """All of a PyTorch dataset of (features, label), held in memory. A label of None is none.
 
         Raises:
             DataError: it is empty, or a label is not one of `classes`, or a feature is not finite.
@@ -77,8 +77,8 @@ class Records:
         if not rows:
             raise DataError("a dataset is empty; leave its site out")
         features = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x, _ in rows])
-        labels = torch.tensor([int(y) for _, y in rows])
-        if labels.min() < 0 or labels.max() >= classes:
+        labels = torch.tensor([-1 if y is None else int(y) for _, y in rows])
+        if any(y is not None and int(y) < 0 for _, y in rows) or labels.max() >= classes:
             raise DataError(
                 f"labels go from {labels.min()} to {labels.max()}; with {classes} classes, 0 to {classes - 1}"
             )
@@ -131,13 +131,19 @@ def statistics_of(records: Iterable[Records]) -> tuple[Tensor, Tensor]:
 def divide(labels: Tensor, seed: int) -> dict[Part, Tensor]:
     """Indices of training, validation and test records: `SHARES` of them to within one, stratified by label.
 
+    What has no label, -1, is a part of its own, `unlabelled`, which is there if there are any.
+
     The records are gone through class by class, within a class in an order drawn by `seed`, and each goes to the part
     that is furthest behind its share.
     """
-    drawn = torch.tensor(shuffled(len(labels), "division", seed), dtype=torch.int64)
+    known = torch.nonzero(labels >= 0).squeeze(1)
+    drawn = known[torch.tensor(shuffled(len(known), "division", seed), dtype=torch.int64)]
     order = drawn[torch.argsort(labels[drawn], stable=True)]
     chosen: dict[Part, list[int]] = {part: [] for part in SHARES}
     for count, index in enumerate(order.tolist(), 1):
         part = max(SHARES, key=lambda p: SHARES[p] * count - len(chosen[p]))
         chosen[part].append(index)
-    return {part: torch.tensor(sorted(indices), dtype=torch.int64) for part, indices in chosen.items()}
+    division = {part: torch.tensor(sorted(indices), dtype=torch.int64) for part, indices in chosen.items()}
+    if len(known) < len(labels):
+        division["unlabelled"] = torch.nonzero(labels < 0).squeeze(1)
+    return division

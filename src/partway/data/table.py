@@ -252,9 +252,10 @@ class Checked:
         """The class of each row; what is left out counts no more."""
         header, groups = self._columns.schema, list(self._columns.classes.values())
         text = _text(self._table, header.label)
-        codes = _numbered(text, [*groups, header.leave_out], header.by_prefix)
+        codes = _numbered(text, [*groups, header.leave_out, header.unlabelled], header.by_prefix)
         self._wrong(header.label, "CLASS", text, codes < 0, "is no label of the schema")
-        self._counts &= codes < len(groups)
+        self._counts &= codes != len(groups)
+        codes[codes > len(groups)] = -1
         return codes
 
     def _numbers(self, name: str, column: Numeric) -> np.ndarray:

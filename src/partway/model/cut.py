@@ -75,6 +75,24 @@ def cut(network: nn.Module, example: Tensor, after: Sequence[str]) -> tuple[nn.S
     return pieces
 
 
+def first_dense(network: nn.Module, after: str, before: str | None = None) -> str:
+    """The path of the first linear layer or convolution with a bias after one place, and not the last before another.
+
+    Raises:
+        CutError: there is none.
+    """
+    ends = _ends(network)
+    start, stop = _place(network, after, ends), _place(network, before, ends) if before else max(ends.values())
+    for path, end in ends.items():
+        module = network.get_submodule(path)
+        if start < end < stop and isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.bias is not None:
+            return path
+    raise CutError(
+        f"between `{after}` and {f'`{before}`' if before else 'the end'} no dense layer with a bias has another module "
+        "behind it, so there is no place for a vector of each site; cut elsewhere"
+    )
+
+
 # -- where
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from partway.errors import DataError
 from partway.plan.batches import equal_parts, local_batches, union_batches
@@ -40,6 +41,12 @@ class Settings:
     """Of `half_trained`: in each round."""
     local_batch: int = 64
     """Of `half_trained`: records of one site in a step."""
+    bottoms: Literal["averaged", "largest"] = "averaged"
+    """Of `half_trained`: what the sites' bottoms become."""
+    shared_epochs: int = 3
+    """Of `private`: epochs of `synchronous` that come first."""
+    gate: bool = False
+    """Of `private`: each site keeps its own only where its validation records gain by it."""
     synchronous_epochs: int = 0
     """Of `half_trained`: epochs of `synchronous` that follow."""
 
@@ -70,7 +77,7 @@ def original(name: str) -> str:
     >>> original("trunk_here"), original("bottom")
     ('trunk', 'bottom')
     """
-    return name.removesuffix("_here").removesuffix("_there")
+    return name.partition(":")[0].removesuffix("_here").removesuffix("_there")
 
 
 def at_sites(plan: Plan) -> tuple[str, ...]:
@@ -109,7 +116,7 @@ def begin(plan: Plan, settings: Settings, sizes: Sizes, shared: Sequence[str]) -
         if not plan[with_loss(plan)].laned:  # the loss is the server's
             turns += whole({plan.sites[0]: 1}, "train", ("report_classes",))
     first, *others = plan.sites
-    if others:
+    if others and shared:
         turns.append(Turn(gives=tuple((Copy(n, first), Copy(n, lane)) for n in shared for lane in others)))
     return tuple(turns)
 
@@ -150,18 +157,34 @@ def apart(plan: Plan, settings: Settings, sizes: Sizes, train: tuple[str, ...]) 
     share = {site: size / records for site, size in training.items()}
     sums: tuple[Sum, ...] = tuple(("weights", n) for n in train) if len(plan.sites) > 1 else ()
     turns: list[Turn] = []
-    step = epoch = 0
     for _ in range(settings.rounds):
         for _ in range(settings.local_epochs):
-            for batch in local_batches(training, settings.local_batch):
-                rows, offsets = (batch.rows,), (batch.offsets,)
-                local = Turn(flow="local", rows=rows, offsets=offsets, train=train, optimizer="local")
-                turns.append(replace(local, step=step, epoch=epoch))
-                step += 1
-            epoch += 1
+            turns += local_epoch(training, settings.local_batch, train, turns)
         averaged = Turn(sums=sums, share=share, optimizer="local", fresh=True, account=plan.sites)
+        step, epoch = step_and_epoch(turns)
         turns.append(replace(averaged, step=step, epoch=epoch - 1))
     return tuple(turns)
+
+
+def local_epoch(training: Mapping[str, int], batch: int, train: tuple[str, ...], done: Sequence[Turn]) -> Turns:
+    """One epoch in which each of these sites trains by itself, on so many records."""
+    step, epoch = step_and_epoch(done)
+    local = Turn(flow="local", train=train, optimizer="local", epoch=epoch)
+    batches = local_batches(training, batch)
+    return tuple(
+        replace(local, rows=(b.rows,), offsets=(b.offsets,), step=step + number) for number, b in enumerate(batches)
+    )
+
+
+def at_the_largest(plan: Plan, settings: Settings, sizes: Sizes, train: tuple[str, ...], done: Turns) -> Turns:
+    """As many local epochs at the site with the most training records alone, which hands on what comes first."""
+    training, turns = records_of(plan, sizes, "train"), list[Turn]()
+    largest = max(training, key=training.__getitem__)
+    for _ in range(settings.rounds * settings.local_epochs):
+        turns += local_epoch({largest: training[largest]}, settings.local_batch, train, (*done, *turns))
+    gives = tuple((Copy(train[0], largest), Copy(train[0], site)) for site in plan.sites if site != largest)
+    step, epoch = step_and_epoch(turns)
+    return (*turns, Turn(gives=gives, account=plan.sites, step=step, epoch=epoch - 1))
 
 
 def release(plan: Plan, settings: Settings, sizes: Sizes, bottom: str, done: Turns) -> Turns:

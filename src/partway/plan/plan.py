@@ -15,7 +15,7 @@ the sites join, one site after the other, and part again on the way back.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -28,7 +28,7 @@ ONE = ""
 
 Rows = Mapping[str, int]
 """Records of each lane in one micro-batch; a lane without records may be left out."""
-Part = Literal["train", "validation", "test"]
+Part = Literal["train", "validation", "test", "unlabelled"]
 """Into which a site's records are divided."""
 Sum = tuple[Literal["gradient", "weights", "tally"], str]
 """What of a segment's copies is summed."""
@@ -68,16 +68,23 @@ class Segment:
         return EACH in (self.at, self.copies)
 
 
+LOSSES = ("labels", "features")
+"""The kinds of edges that make a loss of what they meet."""
+
+
 @dataclass(frozen=True)
 class Edge:
     """What one segment hands to another; `gradient` says whether a gradient comes back along it."""
 
     source: str
     target: str
-    kind: Literal["activations", "labels", "scores"] = "activations"
+    kind: Literal["activations", "labels", "scores", "features"] = "activations"
+    """`features` are what the target's output is compared with, as `labels` are."""
     gradient: bool = True
     field: str = ""
     """Of labels: which target of the records; empty for the only one."""
+    weight: float = 1.0
+    """Of features: what the loss counts."""
 
     def __str__(self) -> str:
         return f"{self.source} -> {self.target}"
@@ -223,17 +230,17 @@ class Plan:
             yield f"a {target.kind} gives no gradient back"
         if target.kind == "records":
             yield "records are a source"
-        if edge.kind == "labels" and source.kind not in ("records", "store"):
-            yield "labels come from records"
+        if edge.kind in LOSSES and source.kind not in ("records", "store"):
+            yield f"{edge.kind} come from records"
         if (edge.kind == "scores") != (source.kind == "tally"):
             yield "scores, and only scores, come from a tally"
-        if source.kind == "records" and edge.kind == "activations" and source.at != target.at:
+        if source.kind == "records" and edge.kind != "labels" and source.at != target.at:
             yield "raw records would leave their site"
 
     def _faults_of_net(self, name: str, edges: Sequence[Edge]) -> Iterator[str]:
         into = [e for e in edges if e.target == name]
         out = [e for e in edges if e.source == name]
-        labels = [e for e in into if e.kind == "labels"]
+        labels = [e for e in into if e.kind in LOSSES]
         if len(labels) > 1:
             yield f"{name} has labels from two sources"
         if labels and out:
@@ -271,6 +278,17 @@ class Judge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choice:
+    """At every site by itself: whether some of its segments stay, or others take their place."""
+
+    better: str
+    """The tally whose newest scores must be better than those of the next, or they do not stay."""
+    than: str
+    of: tuple[tuple[str, str], ...]
+    """Each segment, and the one whose weights it takes then; all have a copy at each site."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
     """One position of a schedule: a flow over so many rows, sums over copies, gives from copy to copy.
 
@@ -283,6 +301,8 @@ class Turn:
     """Records of each lane, one mapping a micro-batch."""
     offsets: tuple[Rows, ...] = ()
     """Where, in its own order of this epoch, each lane's rows begin; one mapping a micro-batch."""
+    beside: str = ""
+    """If named, the flow of the last micro-batch, whose records are unlabelled; no divisor counts them."""
     divisor: float | None = None
     """What the loss, a sum over records, is divided by: the union batch's records. None: each copy's own."""
     train: tuple[str, ...] = ()
@@ -304,6 +324,7 @@ class Turn:
     fresh: bool = False
     """That optimiser forgets its state before this turn."""
     judge: Judge | None = None
+    choice: Choice | None = None
     equal: tuple[str, ...] = ()
     """The segments whose copies must have the same bits: every site tells every other a digest, sealed."""
     alike: tuple[str, ...] = ()
@@ -315,6 +336,17 @@ class Turn:
     step: int = 0
     """The global step, from 0: draws and learning rate are keyed by it."""
     epoch: int = 0
+
+    @property
+    def labelled(self) -> tuple[Rows, ...]:
+        """The micro-batches of `flow`."""
+        return self.rows[:-1] if self.beside else self.rows
+
+    def of(self, micro_batch: int) -> Turn:
+        """This turn, as one of its micro-batches sees it: with its flow, and the part that its records are from."""
+        if micro_batch < len(self.labelled):
+            return self
+        return replace(self, flow=self.beside, records="unlabelled")
 
 
 Sizes = Mapping[str, Mapping[str, int]]

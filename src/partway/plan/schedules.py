@@ -15,6 +15,7 @@ from partway.plan.phases import (
     Settings,
     apart,
     at_sites,
+    at_the_largest,
     begin,
     central,
     checked,
@@ -27,6 +28,7 @@ from partway.plan.phases import (
     with_counts,
 )
 from partway.plan.plan import ONE, Edge, Judge, Plan, Segment, Sizes, Turn
+from partway.plan.private import private
 
 
 def every_party(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
@@ -96,6 +98,9 @@ def half_trained(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
     Phase 1: `rounds` times, `local_epochs` at every site, then the weights are averaged by records, blindly. Phase 2:
     bottoms are frozen; every training and validation record's activations and labels cross once, and the server
     trains the trunk on them. No gradient of the server ever reaches a bottom, unless `synchronous_epochs` follow.
+
+    With `bottoms = "largest"` nothing is averaged: the largest site alone trains for as many epochs, and hands its
+    bottom to the others.
     """
     if "head" in at_sites(plan):
         raise PlanError(["half_trained: the server trains the trunk by the labels, which a U-shape keeps at the sites"])
@@ -118,8 +123,12 @@ def half_trained(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
     )
 
     def turns(sizes: Sizes) -> tuple[Turn, ...]:
-        done = begin(plan, settings, sizes, (bottom, LOCAL_HEAD))
-        done += apart(plan, settings, sizes, (bottom, LOCAL_HEAD))
+        averaged, local = settings.bottoms == "averaged", (bottom, LOCAL_HEAD)
+        done = begin(plan, settings, sizes, local if averaged else ())
+        if averaged:
+            done += apart(plan, settings, sizes, local)
+        else:
+            done += at_the_largest(plan, settings, sizes, local, done)
         done += release(plan, settings, sizes, bottom, done)
         done += finish(plan, settings, sizes, trunk, done)
         done += together(plan, settings, sizes, settings.synchronous_epochs, done)
@@ -128,5 +137,5 @@ def half_trained(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
     return replace(whole, segments=segments, flows=flows).checked(), turns
 
 
-SCHEDULES = {"synchronous": synchronous, "half_trained": half_trained}
+SCHEDULES = {"synchronous": synchronous, "half_trained": half_trained, "private": private}
 """What `[training] schedule` may say."""

@@ -123,6 +123,7 @@ class Counts(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     train: Count = 0
     validation: Count = 0
     test: Count = 0
+    unlabelled: Count = 0
 
 
 class Hello(Message, frozen=True, tag="hello"):

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from partway.plan.plan import ONE, Copy, Edge, Plan, Turn
+from partway.plan.plan import LOSSES, ONE, Copy, Edge, Plan, Turn
 from partway.protocol.messages import LetterKind, Post
 
 Unit = Copy
@@ -29,8 +29,8 @@ class Task(NamedTuple):
     """Something that one party does once in a turn."""
 
     kind: str
-    """forward backward share add load square norm update rescale give take attest compare judge heed account note
-    ticked"""
+    """forward backward share add load square norm update rescale give take choose attest compare judge heed account
+    note ticked"""
     what: Copy
     """The copy it is about; for a sum its segment without lane, for squares, norms and updates the unit, for verdicts,
     accounts and ticks the parties."""
@@ -83,10 +83,12 @@ class Shape(NamedTuple):
     """All of a turn that its net depends on: who has records, not how many."""
 
     flow: str
+    beside: str
     live: tuple[tuple[str, ...], ...]
     train: tuple[str, ...]
     sums: tuple[tuple[str, str], ...]
     gives: tuple[tuple[Copy, Copy], ...]
+    chooses: bool
     equal: tuple[str, ...]
     alike: tuple[str, ...]
     judge: tuple[str, tuple[str, ...], tuple[str, ...]] | None
@@ -101,7 +103,18 @@ def shape(turn: Turn) -> Shape:
     judge = (turn.judge.at, turn.judge.keeps, turn.judge.hears) if turn.judge else None
     options = turn.clip > 0, turn.scaled
     return Shape(
-        turn.flow, live, turn.train, turn.sums, turn.gives, turn.equal, turn.alike, judge, turn.account, *options
+        turn.flow,
+        turn.beside,
+        live,
+        turn.train,
+        turn.sums,
+        turn.gives,
+        turn.choice is not None,
+        turn.equal,
+        turn.alike,
+        judge,
+        turn.account,
+        *options,
     )
 
 
@@ -119,6 +132,7 @@ EDGE_LETTERS = {
     "activations": LetterKind.ACTIVATIONS,
     "labels": LetterKind.LABELS,
     "scores": LetterKind.SCORES,
+    "features": LetterKind.ACTIVATIONS,
 }
 
 
@@ -193,7 +207,7 @@ class _Compiler:
         return name in self.turn.train or any(e.gradient and self.trains(e.source) for e in self.into(name))
 
     def has_loss(self, name: str) -> bool:
-        return self.plan[name].kind == "net" and any(e.kind == "labels" for e in self.into(name))
+        return self.plan[name].kind == "net" and any(e.kind in LOSSES for e in self.into(name))
 
     def gradients_from(self, name: str) -> list[Edge]:
         return [e for e in self.edges if e.source == name and e.gradient and self.goes_back(e.target)]
@@ -203,9 +217,11 @@ class _Compiler:
 
     def run(self) -> None:
         plan = self.plan
-        order = plan.order(self.turn.flow) or ()
         self.last_backward: dict[Copy, Task] = {}
         for m, lanes in enumerate(self.turn.live):
+            last = m == len(self.turn.live) - 1
+            flow = self.turn.beside if self.turn.beside and last else self.turn.flow
+            order, self.edges = plan.order(flow) or (), plan.edges(flow)
             rows = dict.fromkeys(lanes, 1)
             for name in order:
                 for copy in plan.live(name, rows):
@@ -278,6 +294,8 @@ class _Compiler:
             give = self.task("give", source, self.plan.place(source))
             take = self.task("take", target, self.plan.place(target))
             self.tell(give, LetterKind.STATE, source, target, take)
+        for site in self.plan.sites if self.turn.chooses else ():
+            self.task("choose", Copy(site), site)
 
     def tell_all(self) -> None:
         """Digests of copies that must be equal, to each other copy; heads of ledgers, to the hub."""

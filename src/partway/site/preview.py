@@ -66,6 +66,8 @@ class Preview:
     def text(self) -> str:
         train, validation, test = (f"{self.records[part]:,}" for part in ("train", "validation", "test"))
         counted = f"{train} records train, {validation} validate and {test} test"
+        if unlabelled := self.records.get("unlabelled", 0):
+            counted += f"; {unlabelled:,} have no label"
         lines = [
             f"By the schema {self.schema}, every party hears that {counted}",
             f"What would leave {self.site} in the job {self.job}, nothing being sent, for one record of each kind:",

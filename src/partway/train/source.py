@@ -30,10 +30,9 @@ class RecordSource:
         """As read, float64, until `standardise` is called."""
         self.scaling: tuple[Tensor, Tensor] | None = None
         """Mean and deviation of each numeric column, once all sites have agreed on them."""
-        self._at: tuple[Part, int] | None = None
-        """The part and epoch of `_order`."""
+        self._orders: dict[Part, tuple[int, Tensor]] = {}
+        """Of each part: the epoch, and its order."""
         self._shared = b""
-        self._order = torch.empty(0, dtype=torch.int64)
         if not records.schema.numeric:
             self.features = self.features.to(dtype)
 
@@ -52,10 +51,12 @@ class RecordSource:
         return self.features.index_select(0, chosen), self.labels.index_select(0, chosen)
 
     def _chosen(self, turn: Turn, offset: int, rows: int) -> Tensor:
-        if self._at != (turn.records, turn.epoch):
-            self._at, index = (turn.records, turn.epoch), self.records.division[turn.records]
-            self._order = index[order_of(len(index), self._secret, self._job, turn.epoch)].to(self._device)
-        return self._order[offset : offset + rows]
+        epoch, order = self._orders.get(turn.records, (-1, torch.empty(0)))
+        if epoch != turn.epoch:
+            index = self.records.division[turn.records]
+            order = index[order_of(len(index), self._secret, self._job, turn.epoch)].to(self._device)
+            self._orders[turn.records] = turn.epoch, order
+        return order[offset : offset + rows]
 
     # -- where other parties hold columns of the same records
 

@@ -94,6 +94,7 @@ class Worker:
         stores: where released activations go here, by segment.
         tallies: what each tally counts here.
         judges: what a look at a tally's newest scores says here.
+        better: whether one tally's newest scores are better than another's here.
         reports: figures that a tally tells, shape (1, n), float64.
         account: the head of this party's ledger, 32 bytes.
         draws: seeds what a segment draws in a forward, from turn, micro-batch and copy.
@@ -111,6 +112,7 @@ class Worker:
         stores: Mapping[str, Store] | None = None,
         tallies: Mapping[str, Tally] | None = None,
         judges: Mapping[str, Callable[[], Verdict]] | None = None,
+        better: Callable[[str, str], bool] | None = None,
         reports: Mapping[str, Callable[[], Tensor]] | None = None,
         account: Callable[[], bytes] | None = None,
         draws: Callable[[int, int, Copy], int] | None = None,
@@ -129,6 +131,9 @@ class Worker:
         self.accounts: dict[str, bytes] = {}
         """Heads of the other parties' ledgers, at the hub."""
         self._judges, self._makers, self._account_head, self._draws = dict(judges or {}), optimizers, account, draws
+        self._better = better
+        self.stays: bool | None = None
+        """What a choice has come to here: whether what it was about has stayed."""
         self._device, self._half = torch.device(device), half
         self.loss: Loss = lambda x, y: nn.functional.cross_entropy(x, y, reduction="sum")
         """The turn's divisor makes it a mean."""
@@ -146,7 +151,10 @@ class Worker:
         """Turns to a turn; what the last one left in flight is forgotten."""
         self.at, self._turn, self._net = at, turn, net
         self._what = {name: what for what, name in turn.sums}
-        self._owing = {(e.source, e.target) for e in self.plan.edges(turn.flow) if e.gradient and turn.train}
+        edges = (*self.plan.edges(turn.flow), *self.plan.edges(turn.beside))
+        self._aims = {(e.source, e.target): e.weight for e in edges if e.kind == "features"}
+        """Where a copy must give features back, and what its loss counts."""
+        self._owing = {(e.source, e.target) for e in edges if e.gradient and turn.train}
         """Edges along which a gradient comes back."""
         self._out: dict[tuple[Copy, int], dict[LetterKind, Tensor]] = {}
         """What a copy has made of its rows of a micro-batch."""
@@ -166,7 +174,7 @@ class Worker:
         self._reported: dict[tuple[Copy, int], Tensor] = {}
         """The losses that have been reported."""
         self._losses_due = sum(
-            task.kind == "backward" and task.what in self.segments and not work.takes
+            task.kind == "backward" and task.what in self.segments and not work.takes and not self._decodes(task.what)
             for task, work in net.tasks.items()
         )
         self._apart = turn.scaled and all(task.what.lane for task in net.tasks if task.kind == "norm")
@@ -250,9 +258,12 @@ class Worker:
             self._check_rows(copy, m, takes)
         inputs: list[Tensor] = []
         labels: Tensor | None = None
+        features: tuple[Tensor, float] | None = None
         for (kind, name), rows in self._joined(takes).items():
             if kind is LetterKind.LABELS:
                 labels = rows
+            elif (name, copy.segment) in self._aims:
+                features = rows, self._aims[name, copy.segment]
             elif (name, copy.segment) in self._owing:
                 self._leaf[name, copy, m] = rows.detach().requires_grad_()
                 inputs.append(self._leaf[name, copy, m])
@@ -276,7 +287,7 @@ class Worker:
             lanes = [site for site in self.plan.sites for _ in range(self._turn.rows[m].get(site, 0))]
             self.board += [(self._turn, lane, row) for lane, row in zip(lanes, whole, strict=True)]
         else:
-            self._run(copy, m, whole, labels)
+            self._run(copy, m, whole, labels, features)
 
     def _check_rows(self, copy: Copy, m: int, takes: Sequence[Post]) -> None:
         """All that meets here is of the same records in the same order."""
@@ -314,14 +325,19 @@ class Worker:
             raise JobFailed("the plan puts records here, and there are none")
         offset = self._turn.offsets[m].get(copy.lane, 0)
         count = self._turn.rows[m][copy.lane]
-        rows, labels = source.take(self._turn, offset, count)
+        rows, labels = source.take(self._turn.of(m), offset, count)
         if not self.plan.sites and source is self.source:
             self._proofs[copy, m] = _bytes(source.proof(self._turn, offset, count))
             if (here := source.present(self._turn, offset, count)) is not None:
                 self._lacks[copy, m] = here
         return {LetterKind.ACTIVATIONS: rows, LetterKind.LABELS: labels}
 
-    def _run(self, copy: Copy, m: int, inputs: Tensor, labels: Tensor | None) -> None:
+    def _decodes(self, copy: Copy) -> bool:
+        return any(target == copy.segment for _, target in self._aims)
+
+    def _run(
+        self, copy: Copy, m: int, inputs: Tensor, labels: Tensor | None, features: tuple[Tensor, float] | None
+    ) -> None:
         segment, training = self.segments[copy], bool(self._turn.train)
         if training and segment.draws and self._draws is not None:
             torch.manual_seed(self._draws(self.at, m, copy))
@@ -334,9 +350,14 @@ class Worker:
             output = self._finite(copy, output)
         self.cost.flops += len(inputs) * self.shapes.pieces[copy.segment].forward
         self._out[copy, m] = {LetterKind.ACTIVATIONS: output}
-        if labels is not None and training:
-            divisor = self._turn.divisor or sum(self.plan.rows(copy, rows) for rows in self._turn.rows)
-            self._loss_of[copy, m] = self.loss(output.to(self.shapes.dtype), labels) / divisor
+        if training and (labels is not None or features is not None):
+            divisor = self._turn.divisor or sum(self.plan.rows(copy, rows) for rows in self._turn.labelled)
+            output = output.to(self.shapes.dtype)
+            if features is not None:
+                missed = (output - features[0].flatten(1)).square().mean(1).sum()
+                self._loss_of[copy, m] = features[1] * missed / divisor
+            elif labels is not None:
+                self._loss_of[copy, m] = self.loss(output, labels) / divisor
 
     def _backward(self, copy: Copy, m: int, takes: Sequence[Post]) -> None:
         if takes:
@@ -348,8 +369,9 @@ class Worker:
         else:
             loss = self._loss_of[copy, m]
             (loss * self._scale(copy) if self._turn.scaled else loss).backward()  # type: ignore[no-untyped-call]
-            self._reported[copy, m] = loss.detach()
-            if len(self._reported) == self._losses_due:
+            if not self._decodes(copy):
+                self._reported[copy, m] = loss.detach()
+            if not self._decodes(copy) and len(self._reported) == self._losses_due:
                 parts = [self._reported[key] for key in sorted(self._reported)]
                 self.losses.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum())
         if self._turn.scaled:
@@ -482,6 +504,14 @@ class Worker:
 
     def _take(self, copy: Copy, takes: Sequence[Post]) -> None:
         self.segments[copy].load_tensors(self._taken(takes[0]))
+
+    def _choose(self, site: Copy, _: Sequence[Post]) -> None:
+        choice = self._turn.choice
+        assert choice is not None
+        self.stays = self._better is not None and self._better(choice.better, choice.than)
+        for name, other in () if self.stays else choice.of:
+            taken = self.segments[Copy(other, site.segment)].tensors()
+            self.segments[Copy(name, site.segment)].load_tensors(taken)
 
     def _digest(self, copy: Copy) -> Tensor:
         """SHA-256 of a copy's weights, or a keyed hash of all records of a source, shape (32,), uint8."""
