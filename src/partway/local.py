@@ -26,6 +26,7 @@ import msgspec
 from partway import pki
 from partway.config import Job
 from partway.errors import JobFailed, PartwayError, Refused
+from partway.finished import ZOO
 from partway.server.coordinator import own_secret
 from partway.server.status import Status
 from partway.transport.grpc import Credentials, call
@@ -109,7 +110,7 @@ class LocalFederation:
         self._steward.save(folder / "steward")
         self._operator = self._admit(OPERATOR, pki.Role.OPERATOR)
         identities = {SERVER: self._admit(SERVER, pki.Role.SERVER, ["localhost"])}
-        allowed = {"networks": ["partway.model.zoo:mlp"], "operators": [OPERATOR], "labels_may_leave": True}
+        allowed = {"networks": list(ZOO), "operators": [OPERATOR], "labels_may_leave": True}
         header = {"listen": "localhost:0", "silence": silence}
         self._write(SERVER, server=header, policy={**allowed, **_SERVER_ALLOWS}, data=_data(records.get(SERVER)))
         for site in self.sites:
