@@ -29,6 +29,7 @@ from partway.plan.phases import (
 )
 from partway.plan.plan import ONE, Edge, Judge, Plan, Segment, Sizes, Turn
 from partway.plan.private import private
+from partway.plan.rounds import averaged, relay, splitfed_v1, splitfed_v2, splitfed_v3
 
 
 def every_party(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
@@ -137,5 +138,14 @@ def half_trained(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
     return replace(whole, segments=segments, flows=flows).checked(), turns
 
 
-SCHEDULES = {"synchronous": synchronous, "half_trained": half_trained, "private": private}
+SCHEDULES = {
+    "synchronous": synchronous,
+    "half_trained": half_trained,
+    "relay": relay,
+    "averaged": averaged,
+    "private": private,
+    "splitfed_v1": splitfed_v1,
+    "splitfed_v2": splitfed_v2,
+    "splitfed_v3": splitfed_v3,
+}
 """What `[training] schedule` may say."""
