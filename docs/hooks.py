@@ -166,6 +166,8 @@ def settings(kind: type[msgspec.Struct], section: str = "") -> str:
         values = shapes.type_info(field.type)
         inner = list(structs(values))
         here = f"{section}.{field.encode_name}" if section else field.encode_name
+        if isinstance(values, shapes.DictType):
+            here += ".NAME"
         within += [f"### `[{here}]`\n\n{settings(each, here)}" for each in inner]
         if section:
             rows.append((f"`{field.encode_name}`", said(values), default(field), words.get(field.name, "")))
@@ -180,6 +182,10 @@ def structs(values: shapes.Type) -> Iterator[type[msgspec.Struct]]:
     elif isinstance(values, shapes.UnionType):
         for each in values.types:
             yield from structs(each)
+    elif isinstance(values, shapes.DictType) and isinstance(values.value_type, shapes.StructType):
+        yield values.value_type.cls
+    elif isinstance(values, shapes.VarTupleType) and isinstance(values.item_type, shapes.StructType):
+        yield values.item_type.cls
 
 
 def said(values: shapes.Type) -> str:

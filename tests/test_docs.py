@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -211,7 +212,8 @@ def test_every_setting_is_drawn(kind: type[msgspec.Struct]) -> None:
     def keys(kind: type[msgspec.Struct]) -> Iterator[str]:
         for field in msgspec.structs.fields(kind):
             inner = list(hooks.structs(msgspec.inspect.type_info(field.type)))
-            yield f"{field.encode_name}]`" if inner else f"| `{field.encode_name}` |"
+            named = ".NAME" if typing.get_origin(field.type) is dict else ""
+            yield f"{field.encode_name}{named}]`" if inner else f"| `{field.encode_name}` |"
             for each in inner:
                 yield from keys(each)
 

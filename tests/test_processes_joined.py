@@ -26,6 +26,7 @@ from partway.model.segment import initialise
 from partway.plan.batches import equal_parts
 from partway.privacy.blind_sum import BlindSum
 from partway.privacy.seal import Keys
+from partway.site import match
 from partway.train.draws import derived, first_weights, order_of
 from partway.train.source import RecordSource
 
@@ -45,13 +46,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     table = load(Path("src/partway/data/bundled/support.csv.gz"))
     rows = table.frame.head(RECORDS + 50).rows(named=True)
     label = bundled_schema("support").schema.label
-    folder, ids = tmp_path_factory.mktemp("records"), [f"p{n:05}" for n in range(RECORDS)]
+    folder = tmp_path_factory.mktemp("records")
     paths = {}
     for party, held in EXAMPLE.holds.items():
         columns = [*held.columns, *([label] if held.targets else [])]
         mine = [{"patient": f"p{n:05}", **{name: row[name] for name in columns}} for n, row in enumerate(rows)]
-        if party == "vitals":
-            mine = mine[LACKING:]
+        mine = {"vitals": mine[LACKING:], "registry": mine[:RECORDS]}.get(party, mine)
         random.Random(party).shuffle(mine)
         (folder / party).mkdir()
         paths[party] = folder / party / "records.csv"
@@ -59,8 +59,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             writer = csv.DictWriter(file, ["patient", *columns])
             writer.writeheader()
             writer.writerows(mine)
-        (folder / party / "ids.txt").write_text("\n".join(ids))
+    agree_on_ids(paths)
     return paths
+
+
+def agree_on_ids(paths: dict[str, Path]) -> None:
+    """As their people would: the registry asks, each other party answers, and takes its list."""
+    home = {party: path.parent for party, path in paths.items()}
+    asked, kept = home["registry"] / "asked", home["registry"] / "kept"
+    match.ask(paths["registry"], "patient", kept, asked)
+    answers = {party: home[party] / "answered" for party in paths if party != "registry"}
+    for party, answered in answers.items():
+        match.answer(paths[party], "patient", asked, home[party] / "kept", answered)
+    match.agree(kept, answers, home["registry"], only_common=False)
+    for party in answers:
+        match.take(home[party] / "kept", home["registry"] / f"{party}.agreed", home[party] / "ids.txt")
 
 
 @pytest.fixture(scope="module")

@@ -478,6 +478,22 @@ def test_a_site_without_records_still_sends_its_share() -> None:
     assert Task("update", Copy("b", "b")) in net.tasks
 
 
+def test_without_lanes_every_party_tells_the_squares_of_its_own_segment() -> None:
+    """Three parties in a row, one copy of everything: the hub adds, and tells all."""
+    parties = (("data", "left"), ("bottom", "left"), ("middle", "right"), ("trunk", "server"))
+    segments = tuple(Segment(name=n, at=at, kind="records" if n == "data" else "net") for n, at in parties)
+    plan = Plan((), segments, (("split", chain("data", "bottom", "middle", "trunk")),)).checked()
+    turn = Turn(flow="split", rows=({"": 5},), train=("bottom", "middle", "trunk"), clip=1.0)
+    for scaled in (False, True):
+        letters = compile(plan, replace(turn, scaled=scaled)).letters.items()
+        told = [(r.sender, r.receiver) for post, r in letters if post.kind is LetterKind.SQUARE]
+        heard = [(r.sender, r.receiver) for post, r in letters if post.kind is LetterKind.NORM]
+        assert sorted(told) == [("left", "server"), ("right", "server")]
+        assert sorted(heard) == [("server", "left"), ("server", "right")]
+    alone = compile(plan, replace(turn, train=("trunk",)))  # nobody else updates: nothing to tell
+    assert not {post.kind for post in alone.letters} & {LetterKind.SQUARE, LetterKind.NORM}
+
+
 def test_gradients_stop_where_nothing_before_trains() -> None:
     plan = vanilla(SITES)
     frozen = compile(plan, Turn(flow="split", rows=({"a": 3},), train=("trunk",)))

@@ -150,16 +150,19 @@ def network_of(job: Job, policy: Policy, schema: Schema | Schemas, server: str =
             raise ConfigError(f"{what} puts out {width} numbers a record; the records have {classes} classes")
     if job.concatenates:
         network = concatenated(network, plan.sites, policy)
-    pieces, half = {}, HALF[job.training.precision]
+    pieces: dict[str, Piece] = {}
+    half = HALF[job.training.precision]
     for name, module in network.modules.items():
         example = example_of(plan, schemas, network.outputs, name, dtype)
         if job.concatenates and name == "trunk":
             example = torch.cat([example] * len(plan.sites), 1)
         onto_data = all(plan[e.source].kind == "records" for e in plan.edges("split") if e.target == name)
+        came = [pieces[e.source].dtype for e in plan.edges("split") if e.target == name and e.source in pieces]
+        example = example.to(came[0]) if came else example
         pieces[name], _ = measure(module, example, first=onto_data, half=half)
     if job.training.schedule == "half_trained" and plan.sites:
         ((bottom,), (loss,)) = at_sites(plan), plan.losses
-        output = network.outputs[bottom]
+        output = network.outputs[bottom].to(pieces[bottom].dtype)
         classes = classes_of(plan, schemas, loss)
         head = local_head(output.shape[1:], classes, job.training.half_trained.local_head == "hidden")
         pieces[LOCAL_HEAD], _ = measure(head.to(dtype), output, first=False, half=half)

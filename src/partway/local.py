@@ -26,6 +26,7 @@ import msgspec
 from partway import pki
 from partway.config import Job
 from partway.errors import JobFailed, PartwayError, Refused
+from partway.finished import ZOO
 from partway.server.coordinator import own_secret
 from partway.server.status import Status
 from partway.transport.grpc import Credentials, call
@@ -109,7 +110,7 @@ class LocalFederation:
         self._steward.save(folder / "steward")
         self._operator = self._admit(OPERATOR, pki.Role.OPERATOR)
         identities = {SERVER: self._admit(SERVER, pki.Role.SERVER, ["localhost"])}
-        allowed = {"networks": ["partway.model.zoo:mlp"], "operators": [OPERATOR], "labels_may_leave": True}
+        allowed = {"networks": list(ZOO), "operators": [OPERATOR], "labels_may_leave": True}
         header = {"listen": "localhost:0", "silence": silence}
         self._write(SERVER, server=header, policy={**allowed, **_SERVER_ALLOWS}, data=_data(records.get(SERVER)))
         for site in self.sites:
@@ -261,8 +262,9 @@ class LocalFederation:
             raise _ERRORS.get(status.exit_code, PartwayError)(status.message)
         files = msgspec.msgpack.decode(self.ask("download", status.id.encode()), type=dict[str, bytes])
         digest = pki.open_job(signed, self._steward.pem).digest
-        folders = {name: self.folder / name / "runs" / f"{status.name}-{status.id}" for name in (SERVER, *self.sites)}
-        for site in self.sites:
+        sites = tuple(job.get("roster", self.sites))
+        folders = {name: self.folder / name / "runs" / f"{status.name}-{status.id}" for name in (SERVER, *sites)}
+        for site in sites:
             done = folders[site] / "result.json"
             self.wait_until(done.exists, site)
         return Ran(status, digest, files, folders)
@@ -325,4 +327,6 @@ def sections_of(job: Job) -> dict[str, dict[str, Any]]:
     """A job as the sections of its file, without roster and schema."""
     words: dict[str, dict[str, Any]] = msgspec.to_builtins(job)
     del words["roster"], words["columns"]
+    if not job.laned:
+        del words["training"]["schedule"]  # there is none to choose
     return words

@@ -85,7 +85,7 @@ class Plain:
     def __init__(self, whole: Federation, other_order: bool = False) -> None:
         self.whole, self.job = whole, whole.job
         parts = next(iter(whole.parties.values())).network
-        self.nets = {name: module.double() for name, module in parts.modules.items()}
+        self.nets = {name: module.to(getattr(torch, self.job.training.dtype)) for name, module in parts.modules.items()}
         plan = next(iter(whole.parties.values())).plan
         for name, module in self.nets.items():
             secret = whole.secrets[plan.place(plan.copies(name)[0])]
@@ -97,7 +97,15 @@ class Plain:
         self.optimizers = [make(module.parameters(), order.lr, **more) for module in self.nets.values()]
         self.other_order = other_order
 
-    def run(self, loss: Callable[[dict[str, nn.Module], dict[str, Tensor], Tensor], Tensor]) -> dict[str, nn.Module]:
+    def run(
+        self,
+        loss: Callable[[dict[str, nn.Module], dict[str, Tensor], Tensor], Tensor],
+        rising: int = 1,
+        clip: Callable[[dict[str, nn.Module]], object] = lambda nets: None,
+    ) -> dict[str, nn.Module]:
+        rates = [
+            torch.optim.lr_scheduler.LinearLR(made, 1 / rising, total_iters=rising - 1) for made in self.optimizers
+        ]
         some = next(iter(self.sources.values()))
         for epoch in range(self.job.training.epochs):
             secret = b"another" if self.other_order else some._secret
@@ -109,8 +117,11 @@ class Plain:
                 for optimizer in self.optimizers:
                     optimizer.zero_grad()
                 loss(self.nets, x, y).backward()
+                clip(self.nets)
                 for optimizer in self.optimizers:
                     optimizer.step()
+                for rate in rates:
+                    rate.step()
         return self.nets
 
 
@@ -225,6 +236,43 @@ def test_equals_its_plain_loop(case: str, optimizer: str) -> None:
     whole.run()
     assert far(whole, Plain(whole).run(loss)) < 1e-10
     assert far(whole, Plain(whole, other_order=True).run(loss)) > 1e-4
+
+
+@cases
+def test_with_options_of_training(case: str) -> None:
+    """Warm-up, one norm over all parties, micro-batches."""
+    make, loss = CASES[case]
+    whole = make(rate={"warm_up": 6}, clip_norm=0.2, micro_batch=5)
+    whole.run()
+
+    def of_all(nets: dict[str, nn.Module]) -> None:
+        nn.utils.clip_grad_norm_([p for module in nets.values() for p in module.parameters()], 0.2)
+
+    def of_each(nets: dict[str, nn.Module]) -> None:
+        for module in nets.values():
+            nn.utils.clip_grad_norm_(module.parameters(), 0.2)
+
+    assert far(whole, Plain(whole).run(loss, 6, of_all)) < 1e-10
+    assert far(whole, Plain(whole).run(loss, 6, of_each)) > 1e-6
+    assert far(whole, Plain(whole).run(loss, 1, of_all)) > 1e-5
+
+
+@cases
+def test_a_half_precision_is_torch_s(case: str) -> None:
+    make, loss = CASES[case]
+    whole = make(precision="bfloat16", dtype="float32")
+    whole.run()
+
+    def under_autocast(nets: dict[str, nn.Module], x: dict[str, Tensor], y: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(nets, x, y)
+
+    near = 1e-4 if "added" in case else 1e-6  # a sum of three in the half type has another order
+    assert far(whole, Plain(whole).run(under_autocast)) < near
+    assert far(whole, Plain(whole).run(loss)) > 1e-4
+    scaled = make(precision="float16", dtype="float32")
+    scaled.run()
+    assert len({s.value for a in scaled.parties.values() for s in a.party.worker._scales.values()}) == 1
 
 
 @cases

@@ -580,6 +580,15 @@ def test_what_crosses_the_cut_is_in_half_precision() -> None:
     assert seen[LetterKind.STATE] == {torch.float32}
 
 
+def test_a_piece_that_keeps_its_type_keeps_half() -> None:
+    """A trunk that is a ReLU: what it gives is of the type that it gets."""
+    cuts = {"network": {"cut": ["hidden.0", "hidden.1"]}}
+    whole = scaled(cuts, ALONE, configuration="u_shaped", optimizer=OPTIMIZERS["adam"], precision="bfloat16", epochs=4)
+    assert whole.parties["a"].party.worker.shapes.pieces["trunk"].dtype is torch.bfloat16
+    network, _ = autocast(whole, MAKE["adam"], torch.bfloat16, scaling=False)
+    assert difference(whole, network) < 1e-6
+
+
 @configurations
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_a_step_that_overflows_is_skipped(configuration: str, clip_norm: float) -> None:
@@ -611,6 +620,9 @@ def test_every_party_skips_the_same_steps(configuration: str, sums: str) -> None
     for party, moves in moved.items():
         assert moves == moved["server"], party
         assert scale_of(whole, party) == 65536 / 2**skipped
+    shuffled = federation(job, records)
+    shuffled.run(Wire(3))
+    assert bits(shuffled) == bits(whole)
 
 
 def moves_of(worker: Worker) -> list[bool]:

@@ -1,7 +1,8 @@
 """Records of the same patients at several parties: each has columns of its own, and all go by one list of ids.
 
-The list is agreed on beforehand (`docs/configurations.md`), one id a line; without one, it is all ids of this party's
-file, sorted as text. A party may lack some of its records; who holds the labels may not.
+The list is agreed on beforehand (`docs/configurations.md`): in each line a token that all parties have, a comma, and
+this party's id, or nothing where it lacks the record; or one id a line that all have. Without a list it is all ids of
+this party's file, sorted as text. Who holds the labels may lack none.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from partway.config import Connection, Held, Job
 from partway.data import table
 from partway.data.records import SHARES, Records
-from partway.data.schema import columns_of, part_of
+from partway.data.schema import columns_of, layout, part_of
 from partway.data.table import Checked, Table
 from partway.errors import DataError
 from partway.plan.batches import shuffled
@@ -44,33 +45,38 @@ def read(connection: Connection | None, home: Path, job: Job, me: str) -> Record
     return records_of(table.load(home / connection.path, connection.connector), job, held, ids, connection.units)
 
 
-def read_ids(path: Path) -> list[str]:
-    """The agreed ids, in their order. Raises `DataError` if the file cannot be read, or has an id twice."""
+def read_ids(path: Path) -> dict[str, str]:
+    """The agreed list: from each token, in order, to this party's id. Raises `DataError` if the file is damaged."""
     try:
-        ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
-    if len(set(ids)) < len(ids):
-        raise DataError(f"{path}: an id is there twice")
+    ids = {}
+    for line in lines:
+        token, comma, name = line.partition(",")
+        if token in ids:
+            raise DataError(f"{path}: {token} is there twice")
+        ids[token] = name if comma else token
     if not ids:
         raise DataError(f"{path}: there are no ids in it")
     return ids
 
 
 def records_of(
-    file: Table, job: Job, held: Held, ids: Sequence[str] | None, units: Mapping[str, str] | None = None
+    file: Table, job: Job, held: Held, ids: Mapping[str, str] | None, units: Mapping[str, str] | None = None
 ) -> Records:
     """One party's columns and labels of the agreed records, in the order of the list, divided by the job's seed."""
     whole = columns_of(job)
-    checked = Checked(file, part_of(whole, held), labelled=bool(held.targets))
+    part = part_of(whole, held)
+    checked = Checked(file, part, labelled=bool(held.targets))
     checked.structure(None, units or {})
     checked.content(None)
     own = _ids(file, whole.schema.id, checked.rows)
     if checked.faults:
         told = "; ".join(fault.words for fault in checked.faults)
         raise DataError(f"{file.path}: {told}", [(fault.column, fault.kind) for fault in checked.faults])
-    agreed = sorted(own) if ids is None else ids
-    here = [own.get(name, -1) for name in agreed]
+    agreed = {name: name for name in sorted(own)} if ids is None else ids
+    here = [own.get(name, -1) if name else -1 for name in agreed.values()]
     at, present = torch.tensor(here).clamp(min=0), torch.tensor([row >= 0 for row in here])
     lacking = len(agreed) - int(present.sum())
     if lacking == len(agreed):
@@ -81,12 +87,14 @@ def records_of(
     features = checked.features(job.records.scale)
     values = [torch.where(present, f.values[at], torch.nan if f.by_statistics else 0.0) for f in features]
     return Records(
-        torch.stack(values, 1) if values else torch.zeros(len(agreed), 0),
+        torch.stack(values, 1).view(-1, *layout(part, job.records.scale).shape)
+        if values
+        else torch.zeros(len(agreed), 0),
         checked.labels[at] if held.targets else torch.zeros(len(agreed)),
         classes=len(whole.classes) if held.targets else 0,
         numeric=tuple(number for number, feature in enumerate(features) if feature.by_statistics),
         division=division(len(agreed), job.job.seed),
-        ids=agreed,
+        ids=list(agreed),
         present=present if lacking else None,
     )
 

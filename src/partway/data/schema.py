@@ -19,7 +19,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from partway.config import Category, Column, Columns, Flag, Held, Job, Numeric, Scale
+from partway.config import Category, Column, Columns, Flag, Held, Image, Job, Numeric, Scale
 from partway.data.records import Schema
 from partway.errors import ConfigError
 
@@ -52,10 +52,15 @@ def encoded(name: str, column: Column, values: Tensor, scale: Scale) -> Iterator
     """The features that one column gives.
 
     Args:
-        values: shape (n,). Of a numeric column float64, NaN where it was not measured; of a flag or a category the
-            number of the value, -1 where it is missing.
+        values: shape (n,), of an image (n, size). Of a numeric column float64, NaN where it was not measured; of a flag
+            or a category the number of the value, -1 where it is missing.
     """
     gain = _GAIN if scale == "marks" else 1.0
+    if isinstance(column, Image):
+        least, most = column.range
+        for number, pixels in enumerate(values.reshape(-1, column.size).unbind(1)):
+            yield Feature(f"{name}{number}", (pixels - least) / (most - least))
+        return
     if isinstance(column, Category):
         for number, value in enumerate(column.values):
             yield Feature(f"{name} {value}", (values == number).double() * gain)
@@ -114,7 +119,9 @@ def layout(columns: Columns, scale: Scale) -> Schema:
     """What a record becomes, in numbers."""
     features = features_of(columns, scale)
     numeric = sum(feature.by_statistics for feature in features)
-    return Schema(shape=(len(features),), classes=len(columns.classes), numeric=numeric)
+    only = list(columns.columns.values())
+    shape = only[0].shape if len(only) == 1 and isinstance(only[0], Image) else (len(features),)
+    return Schema(shape=shape, classes=len(columns.classes), numeric=numeric)
 
 
 def words(columns: Columns, faults: Iterable[tuple[int, str]]) -> str:

