@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from partway.blueprint import DTYPES, Network, Schemas, built, configured, example_of
+from partway.blueprint import DTYPES, Network, Schemas, built, concatenated, configured, example_of
 from partway.config import Job, Optimizer, Policy
 from partway.cost import Cost, forecast
 from partway.data.records import Records, Schema, statistics_of
@@ -26,8 +26,8 @@ from partway.party import Identity, Party
 from partway.plan.decoders import DECODER, semi_supervised
 from partway.plan.options import Options, with_options
 from partway.plan.phases import HELD, LOCAL_HEAD, SHELF, Schedule, Settings, at_sites, central, original
-from partway.plan.plan import Optimizing, Plan, Sizes, Turn
-from partway.plan.private import EMBEDDING, OWN, SHARED, STEM
+from partway.plan.plan import Copy, Optimizing, Plan, Sizes, Turn
+from partway.plan.private import EMBEDDING, OWN, SHARED, STEM, is_shared
 from partway.plan.rate import Rate
 from partway.plan.schedules import SCHEDULES, every_party
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
@@ -157,10 +157,14 @@ def network_of(job: Job, policy: Policy, schema: Schema | Schemas, server: str =
         if width != (classes,):
             what = f"[networks.{loss}]" if network.separate else f"[network] {job.builds[0]}"
             raise ConfigError(f"{what} puts out {width} numbers a record; the records have {classes} classes")
+    if job.concatenates:
+        network = concatenated(network, plan.sites, policy)
     pieces: dict[str, Piece] = {}
     half = HALF[job.training.precision]
     for name, module in network.modules.items():
         example = example_of(plan, schemas, network.outputs, name, dtype)
+        if job.concatenates and name == "trunk":
+            example = torch.cat([example] * len(plan.sites), 1)
         onto_data = all(plan[e.source].kind == "records" for e in plan.edges("split") if e.target == name)
         came = [pieces[e.source].dtype for e in plan.edges("split") if e.target == name and e.source in pieces]
         example = example.to(came[0]) if came else example
@@ -455,19 +459,23 @@ def weights_of(assembled: Assembled) -> dict[str, Tensor]:
     party, terms = assembled.party, _holders(assembled.job, assembled.plan)
     tensors: dict[str, Tensor] = {}
     for copy, segment in party.worker.segments.items():
-        if original(copy.segment) in terms[party.me]:
-            prefix = assembled.network.prefix(original(copy.segment))
-            if copy.segment.endswith(":shared"):
-                if copy.lane:  # a site has chosen
-                    continue
-                prefix = "shared."
-            if original(copy.segment) == EMBEDDING:
-                prefix = f"{EMBEDDING}.{copy.lane}."
+        prefix = _prefix(assembled, copy) if original(copy.segment) in terms[party.me] else None
+        if prefix is not None:
             tensors.update({prefix + name: tensor.cpu() for name, tensor in segment.tensors().items()})
     if (mine := tensors.pop(f"{EMBEDDING}.{party.me}.vector", None)) is not None:
         *_, bias = assembled.network.modules[STEM].state_dict()  # so the site's network is one like any other
         tensors[bias] = tensors[bias] + mine
     return tensors
+
+
+def _prefix(assembled: Assembled, copy: Copy) -> str | None:
+    """What the names of a copy's weights begin with in the result; None if it is no part of it."""
+    name, (_, _, of) = original(copy.segment), copy.segment.partition(":")
+    if is_shared(copy.segment):  # a site has chosen; the server keeps both
+        return None if copy.lane else "shared."
+    if assembled.job.concatenates and name == at_sites(assembled.plan)[0]:
+        return f"bottoms.{of}." if of else None
+    return f"{EMBEDDING}.{copy.lane}." if name == EMBEDDING else assembled.network.prefix(name)
 
 
 def _holders(job: Job, plan: Plan) -> dict[str, list[str]]:

@@ -6,16 +6,17 @@ and what several put out meets where the plan says.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from partway.config import LANED, Job, Policy
 from partway.data.records import Schema
-from partway.errors import ConfigError
+from partway.errors import ConfigError, Refused
 from partway.model.cut import cut, first_dense
 from partway.model.recipe import build
 from partway.plan.configurations import extended_vanilla, multi_hop, multi_task, u_shaped, vanilla, vertical
@@ -137,6 +138,59 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
     for name in plan.nets:
         outputs[name] = _takes(modules[name], example_of(plan, schemas, outputs, name, dtype), f"segment {name}")
     return Network(whole, modules, inputs, outputs, job.network is None)
+
+
+class Concatenated(nn.Module):
+    """What every site's bottom makes of a record, side by side, then the trunk."""
+
+    def __init__(self, bottoms: Mapping[str, nn.Module], trunk: nn.Module) -> None:
+        super().__init__()
+        self.bottoms, self.trunk = nn.ModuleDict(bottoms), trunk
+
+    def forward(self, records: Tensor) -> Tensor:
+        together: Tensor = self.trunk(torch.cat([bottom(records) for bottom in self.bottoms.values()], 1))
+        return together
+
+
+def concatenated(network: Network, sites: Sequence[str], policy: Policy) -> Network:
+    """The network with a bottom of each site, and a trunk whose first dense layer takes all that they put out.
+
+    Its weights' names begin with `bottoms.SITE.` and `trunk.`.
+
+    Raises:
+        ConfigError: something with weights stands before the trunk's first dense layer.
+        Refused: it is too large.
+    """
+    bottom, trunk = network.modules["bottom"], widened(network.modules["trunk"], len(sites))
+    whole = Concatenated({site: copy.deepcopy(bottom) for site in sites}, trunk)
+    if (size := sum(p.numel() for p in whole.parameters())) > policy.most_parameters:
+        words = f"{size:,} parameters with all bottoms; [policy] most_parameters is {policy.most_parameters:,}"
+        raise Refused(words, ["NETWORK_SIZE"])
+    _takes(trunk, torch.cat([network.outputs["bottom"]] * len(sites), 1), "the trunk behind all bottoms")
+    return replace(network, whole=whole, modules={**network.modules, "trunk": trunk}, separate=True)
+
+
+def widened(trunk: nn.Module, times: int) -> nn.Module:
+    """A copy of which the first dense layer takes so many times as many inputs or channels. Its weights are new."""
+    trunk = copy.deepcopy(trunk)
+    for path, layer in trunk.named_modules():
+        if not list(layer.parameters(recurse=False)):
+            continue
+        wide: nn.Module
+        if isinstance(layer, nn.Linear):
+            wide = nn.Linear(times * layer.in_features, layer.out_features, layer.bias is not None)
+        elif isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == 1 and not layer.transposed:
+            same = {
+                name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+            }
+            wide = type(layer)(times * layer.in_channels, layer.out_channels, bias=layer.bias is not None, **same)
+        else:
+            break
+        trunk.set_submodule(path, wide.to(next(layer.parameters()).dtype))
+        return trunk
+    raise ConfigError(
+        "bottoms = `concatenated` needs a trunk whose first layer with weights is linear or a convolution"
+    )
 
 
 def example_of(plan: Plan, schemas: Schemas, outputs: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:

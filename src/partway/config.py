@@ -141,9 +141,9 @@ class LocalOptimizer(Optimizer, frozen=True, kw_only=True):
 class HalfTrained(Settings, frozen=True, kw_only=True):
     """`half_trained` of `[training]`: what the sites do before the server's own epochs, and after them."""
 
-    bottoms: Literal["averaged", "largest"] = "averaged"
-    """What the sites' bottoms become: their average, or that of the site with the most training records, which alone
-    trains one for rounds x local_epochs."""
+    bottoms: Literal["averaged", "largest", "concatenated"] = "averaged"
+    """What the sites' bottoms become: their average; or that of the site with the most training records, which alone
+    trains one for rounds x local_epochs; or all of them side by side, each record through every site's."""
     rounds: Positive = 3
     """How often the sites' weights are averaged, blindly and by records."""
     local_epochs: Positive = 10
@@ -437,6 +437,11 @@ class Job(Settings, frozen=True, kw_only=True):
         return self.configuration in LANED
 
     @property
+    def concatenates(self) -> bool:
+        """Each record goes through every site's bottom."""
+        return self.training.schedule == "half_trained" and self.training.half_trained.bottoms == "concatenated"
+
+    @property
     def embeds(self) -> bool:
         """Each site has a vector of its own in the trunk."""
         return self.training.schedule == "private" and self.training.private.personal == "embedding"
@@ -586,6 +591,11 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
         raise ConfigError(
             f"{where}: half_trained needs `vanilla`, with one cut, for the server trains by the labels; "
             "labels stay at the sites with schedule = `synchronous` and two cuts, a U-shape"
+        )
+    half = job.training.half_trained
+    if half.bottoms == "concatenated" and half.synchronous_epochs:
+        raise ConfigError(
+            f"{where}: concatenated bottoms are frozen for good; synchronous_epochs needs one bottom for all"
         )
     if job.training.patience and job.training.keep != "best":
         raise ConfigError(f"{where}: [training] patience needs keep = `best`")

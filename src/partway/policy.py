@@ -13,8 +13,8 @@ from typing import NamedTuple
 from partway.config import Job, Policy
 from partway.errors import Refused
 from partway.plan.batches import union_batches
-from partway.plan.phases import original
 from partway.plan.plan import Copy, Edge, Plan, Rows, Sizes, Turn
+from partway.plan.private import is_shared
 from partway.protocol.messages import Reason
 from partway.shapes import Shapes
 
@@ -65,6 +65,7 @@ def judge_turns(
     """
     plan = shapes.plan
     for flow in sorted({turn.flow for turn in turns}):
+        yield from _judge_width(policy, me, shapes, plan.edges(flow))
         for edge in plan.edges(flow):
             yield from _judge_edge(policy, me, shapes, edge)
     yield from _judge_gives(policy, me, plan, turns)
@@ -72,8 +73,8 @@ def judge_turns(
     if kept and (times := released + max(kept.values())) > policy.most_releases:
         words = f"records' activations would have been handed over {times} times; [policy] most_releases is "
         yield Objection(Reason.RELEASES, words + str(policy.most_releases))
-    pieces = {original(c.segment): shapes.pieces[c.segment] for c in plan.placed(me)}
-    if (flops := sum(p.forward + p.backward for p in pieces.values())) > policy.most_flops:
+    pieces = [shapes.pieces[c.segment] for c in plan.placed(me) if not is_shared(c.segment)]
+    if (flops := sum(p.forward + p.backward for p in pieces)) > policy.most_flops:
         words = f"{flops:,} FLOPs a record here; [policy] most_flops is {policy.most_flops:,}"
         yield Objection(Reason.NETWORK_SIZE, words)
 
@@ -123,10 +124,25 @@ def _judge_edge(policy: Policy, me: str, shapes: Shapes, edge: Edge) -> Iterator
     if held[edge.source] and edge.source == "own_scores" and not policy.scores_may_leave:
         words = "this site's own scores would leave; [policy] scores_may_leave is false"
         yield Objection(Reason.SCORES, words)
-    leaves = held[edge.source] or (held[edge.target] and edge.gradient)
-    if leaves and edge.kind == "activations" and (width := shapes.pieces[edge.source].width) > policy.widest_cut:
-        words = f"{width} numbers a record would leave ({edge}); [policy] widest_cut is {policy.widest_cut}"
-        yield Objection(Reason.WIDTH, words)
+
+
+def _judge_width(policy: Policy, me: str, shapes: Shapes, edges: Sequence[Edge]) -> Iterator[Objection]:
+    """Numbers a record that leave together: all that goes to one segment, and each gradient that goes back."""
+    plan = shapes.plan
+    widths: dict[tuple[str, bool], list[Edge]] = {}
+    for edge in edges:
+        if edge.kind != "activations" or plan[edge.source].at == plan[edge.target].at:
+            continue
+        held = {name: any(plan.place(c) == me for c in plan.copies(name)) for name in (edge.source, edge.target)}
+        if held[edge.source]:
+            widths.setdefault((edge.target, True), []).append(edge)
+        elif held[edge.target] and edge.gradient:
+            widths.setdefault((edge.source, False), []).append(edge)
+    for together in widths.values():
+        if (width := sum(shapes.pieces[edge.source].width for edge in together)) > policy.widest_cut:
+            told = ", ".join(map(str, together))
+            words = f"{width} numbers a record would leave ({told}); [policy] widest_cut is {policy.widest_cut}"
+            yield Objection(Reason.WIDTH, words)
 
 
 def _judge_gives(policy: Policy, me: str, plan: Plan, turns: Sequence[Turn]) -> Iterator[Objection]:

@@ -193,7 +193,7 @@ def test_what_is_measured_for_the_choice_stays_at_the_site() -> None:
     gate = [n for n, turn in enumerate(session.turns) if turn.choice or turn.flow in ("own_choice", "shared_choice")]
     assert len(gate) == 3
     assert not any(session.nets[n].letters for n in gate)
-    kept = next(n for n, turn in enumerate(session.turns) if any(b.segment == "bottom:shared" for _, b in turn.gives))
+    kept = next(n for n, turn in enumerate(session.turns) if any(b.segment == "bottom::shared" for _, b in turn.gives))
     assert not session.nets[kept].letters
     assert whole.parties["server"].party.worker.stays is None
 

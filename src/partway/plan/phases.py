@@ -41,7 +41,7 @@ class Settings:
     """Of `half_trained`: in each round."""
     local_batch: int = 64
     """Of `half_trained`: records of one site in a step."""
-    bottoms: Literal["averaged", "largest"] = "averaged"
+    bottoms: Literal["averaged", "largest", "concatenated"] = "averaged"
     """Of `half_trained`: what the sites' bottoms become."""
     shared_epochs: int = 3
     """Of `private`: epochs of `synchronous` that come first."""
@@ -75,6 +75,11 @@ def here(name: str) -> str:
 def there(name: str) -> str:
     """The name of a site's segment as the server keeps it at the end."""
     return f"{name}_there"
+
+
+def of(name: str, site: str) -> str:
+    """The name of a segment that is one site's, and has a copy at every site."""
+    return f"{name}:{site}"
 
 
 def original(name: str) -> str:
@@ -182,21 +187,30 @@ def local_epoch(training: Mapping[str, int], batch: int, train: tuple[str, ...],
     )
 
 
-def at_the_largest(plan: Plan, settings: Settings, sizes: Sizes, train: tuple[str, ...], done: Turns) -> Turns:
-    """As many local epochs at the site with the most training records alone, which hands on what comes first."""
-    training, turns = records_of(plan, sizes, "train"), list[Turn]()
-    largest = max(training, key=training.__getitem__)
+def by_themselves(plan: Plan, settings: Settings, training: Mapping[str, int], done: Turns) -> Turns:
+    """As many local epochs at each of these sites, without an average; then they hand on what they have trained.
+
+    Args:
+        training: records of the sites that train; of several, each bottom will stand beside the others at every site.
+    """
+    bottom, turns = at_sites(plan)[0], list[Turn]()
     for _ in range(settings.rounds * settings.local_epochs):
-        turns += local_epoch({largest: training[largest]}, settings.local_batch, train, (*done, *turns))
-    gives = tuple((Copy(train[0], largest), Copy(train[0], site)) for site in plan.sites if site != largest)
+        turns += local_epoch(training, settings.local_batch, (bottom, LOCAL_HEAD), (*done, *turns))
+    beside = settings.bottoms == "concatenated"
+    gives = [
+        (Copy(bottom, site), Copy(of(bottom, site) if beside else bottom, lane))
+        for site in training
+        for lane in plan.sites
+        if beside or lane != site
+    ]
     step, epoch = step_and_epoch(turns)
-    return (*turns, Turn(gives=gives, account=plan.sites, step=step, epoch=epoch - 1))
+    return (*turns, Turn(gives=tuple(gives), account=plan.sites, step=step, epoch=epoch - 1))
 
 
-def release(plan: Plan, settings: Settings, sizes: Sizes, bottom: str, done: Turns) -> Turns:
+def release(plan: Plan, settings: Settings, sizes: Sizes, bottoms: tuple[str, ...], done: Turns) -> Turns:
     """Every training and validation record's activations and label, once, from bottoms that are the same."""
     step, epoch = step_and_epoch(done)
-    turns = [Turn(equal=(bottom,) if len(plan.sites) > 1 else (), step=step, epoch=epoch)]
+    turns = [Turn(equal=bottoms if len(plan.sites) > 1 else (), step=step, epoch=epoch)]
     parts: tuple[Part, ...] = ("train", "validation") if settings.validate_every else ("train",)
     for site in plan.sites:  # one after the other: who has released waits for nobody
         for part in parts:
@@ -275,6 +289,11 @@ def checked(count: int, part: Part, step: int, epoch: int) -> Turn:
     parts = equal_parts(count, AT_ONCE)
     rows, offsets = tuple({ONE: end - begin} for begin, end in parts), tuple({ONE: begin} for begin, _ in parts)
     return Turn(flow="check", rows=rows, offsets=offsets, records=part, step=step, epoch=epoch)
+
+
+def renamed(edges: Sequence[Edge], names: Mapping[str, str]) -> tuple[Edge, ...]:
+    """The same edges between other segments."""
+    return tuple(replace(e, source=names.get(e.source, e.source), target=names.get(e.target, e.target)) for e in edges)
 
 
 def records_of(plan: Plan, sizes: Sizes, part: Part) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from partway.plan.phases import (
@@ -15,6 +15,7 @@ from partway.plan.phases import (
     end,
     here,
     records_of,
+    renamed,
     step_and_epoch,
     together,
     whole,
@@ -36,7 +37,19 @@ PERSONAL = "personal"
 
 def shared(name: str) -> str:
     """The name of a segment as it was after the epochs together."""
-    return f"{name}:shared"
+    return f"{name}{_KEPT}"
+
+
+def is_shared(name: str) -> bool:
+    """
+    >>> is_shared(shared("bottom")), is_shared("bottom:shared")
+    (True, False)
+    """
+    return name.endswith(_KEPT)
+
+
+_KEPT = "::shared"
+"""No site has such a name."""
 
 
 def private(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
@@ -122,17 +135,13 @@ def _gated(plan: Plan, home: Sequence[str], hub: Sequence[str]) -> Plan:
     beside = [replace(plan[n], name=shared(n)) for n in (*home, *hub, *map(here, hub))]
     tallies = [Segment(name=n, kind="tally") for n in (OWN, SHARED)]
     scores = plan.edges("scores")
-    other = {s.name.removesuffix(":shared"): s.name for s in beside}
+    other = {s.name.removesuffix(_KEPT): s.name for s in beside}
     flows = (
         *plan.flows,
-        (OWN, _renamed(scores, {"scores": OWN})),
-        (SHARED, _renamed(scores, {"scores": SHARED, **other})),
+        (OWN, renamed(scores, {"scores": OWN})),
+        (SHARED, renamed(scores, {"scores": SHARED, **other})),
     )
     return replace(plan, segments=(*plan.segments, *beside, *tallies), flows=flows)
-
-
-def _renamed(edges: Sequence[Edge], names: Mapping[str, str]) -> tuple[Edge, ...]:
-    return tuple(replace(e, source=names.get(e.source, e.source), target=names.get(e.target, e.target)) for e in edges)
 
 
 def _gate(plan: Plan, home: Sequence[str], hub: Sequence[str], sizes: Sizes, done: Turns) -> Iterator[Turn]:

@@ -15,19 +15,23 @@ from partway.plan.phases import (
     Settings,
     apart,
     at_sites,
-    at_the_largest,
     begin,
+    by_themselves,
     central,
     checked,
     end,
     finish,
     judged,
+    of,
+    records_of,
     release,
+    renamed,
     same_counts,
+    there,
     together,
     with_counts,
 )
-from partway.plan.plan import ONE, Edge, Judge, Plan, Segment, Sizes, Turn
+from partway.plan.plan import ONE, Copy, Edge, Judge, Plan, Segment, Sizes, Turn
 from partway.plan.private import private
 from partway.plan.rounds import averaged, relay, splitfed_v1, splitfed_v2, splitfed_v3
 
@@ -101,41 +105,71 @@ def half_trained(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
     trains the trunk on them. No gradient of the server ever reaches a bottom, unless `synchronous_epochs` follow.
 
     With `bottoms = "largest"` nothing is averaged: the largest site alone trains for as many epochs, and hands its
-    bottom to the others.
+    bottom to the others. With `concatenated` every site hands its own to all others; each record goes through all of
+    them, and the trunk takes what they put out side by side.
     """
     if "head" in at_sites(plan):
         raise PlanError(["half_trained: the server trains the trunk by the labels, which a U-shape keeps at the sites"])
     ((bottom,), (trunk,)) = at_sites(plan), central(plan)
-    whole = with_counts(plan, settings)
+    beside = settings.bottoms == "concatenated"
+    used = tuple(of(bottom, site) for site in plan.sites) if beside else (bottom,)
+    whole = _beside(plan, settings, used) if beside else with_counts(plan, settings)
     segments = (
         *whole.segments,
         Segment(name=LOCAL_HEAD),
         Segment(name=SHELF, at=plan.hub, kind="store"),
         Segment(name=HELD, at=plan.hub, kind="tally"),
     )
-    released = (Edge(bottom, SHELF, gradient=False), Edge("data", SHELF, "labels", gradient=False))
+    through = tuple(e for n in used for e in (Edge("data", n, gradient=False), Edge(n, SHELF, gradient=False)))
     check = (Edge(SHELF, trunk, gradient=False), Edge(trunk, HELD, gradient=False))
     flows = (
         *whole.flows,
         ("local", chain("data", bottom, LOCAL_HEAD)),
-        ("release", (Edge("data", bottom, gradient=False), *released)),
+        ("release", (*through, Edge("data", SHELF, "labels", gradient=False))),
         ("finish", (Edge(SHELF, trunk, gradient=False), Edge(SHELF, trunk, "labels", gradient=False))),
         ("check", (*check, Edge(SHELF, HELD, "labels", gradient=False))),
     )
 
     def turns(sizes: Sizes) -> tuple[Turn, ...]:
         averaged, local = settings.bottoms == "averaged", (bottom, LOCAL_HEAD)
+        training = records_of(plan, sizes, "train")
+        if settings.bottoms == "largest":
+            largest = max(training, key=training.__getitem__)
+            training = {largest: training[largest]}
         done = begin(plan, settings, sizes, local if averaged else ())
-        if averaged:
-            done += apart(plan, settings, sizes, local)
-        else:
-            done += at_the_largest(plan, settings, sizes, local, done)
-        done += release(plan, settings, sizes, bottom, done)
+        done += apart(plan, settings, sizes, local) if averaged else by_themselves(plan, settings, training, done)
+        done += release(plan, settings, sizes, used, done)
         done += finish(plan, settings, sizes, trunk, done)
         done += together(plan, settings, sizes, settings.synchronous_epochs, done)
-        return done + end(plan, settings, sizes, done)
+        last = end(plan, settings, sizes, done)
+        return done + (tuple(_all_of(plan, bottom, turn) for turn in last) if beside else last)
 
     return replace(whole, segments=segments, flows=flows).checked(), turns
+
+
+def _beside(plan: Plan, settings: Settings, bottoms: tuple[str, ...]) -> Plan:
+    """With every site's bottom at every site, side by side before the trunk that visits."""
+    (bottom,) = at_sites(plan)
+    whole = with_counts(plan, replace(settings, bottom_to_everyone=False))
+    scores: list[Edge] = []
+    for edge in whole.edges("scores"):
+        every = bottoms if bottom in (edge.source, edge.target) else (bottom,)
+        scores += (other for name in every for other in renamed([edge], {bottom: name}))
+    segments = [Segment(name=name) for name in bottoms]
+    if settings.bottom_to_everyone:
+        segments += [Segment(name=of(there(bottom), site), at=plan.hub) for site in plan.sites]
+    flows = tuple((name, tuple(scores) if name == "scores" else edges) for name, edges in whole.flows)
+    return replace(whole, segments=(*whole.segments, *segments), flows=flows)
+
+
+def _all_of(plan: Plan, bottom: str, turn: Turn) -> Turn:
+    """The same turn, in which the first site hands the server every site's bottom."""
+    gives = []
+    for source, target in turn.gives:
+        mine = source.segment == bottom
+        every = [(Copy(of(bottom, s), source.lane), Copy(of(there(bottom), s))) for s in plan.sites]
+        gives += every if mine else [(source, target)]
+    return replace(turn, gives=tuple(gives))
 
 
 SCHEDULES = {

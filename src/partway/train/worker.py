@@ -146,8 +146,8 @@ class Worker:
         """Optimiser states that have come with weights, until the next update."""
         self._kept: dict[Copy, dict[str, Tensor]] = {}
         """What a judge has found best so far."""
-        self._stored_by: dict[Copy, tuple[str, Tensor]] = {}
-        """For each store the first party that released to it, and the digest of the weights that it used."""
+        self._stored_by: dict[tuple[Copy, str], tuple[str, Tensor]] = {}
+        """For each store and segment the first party that released to it, and the digest of the weights it used."""
         self.at = -1
         """The turn that this worker is at."""
 
@@ -317,7 +317,8 @@ class Worker:
         for post in takes:
             if post.kind is LetterKind.ACTIVATIONS:
                 maker, made_by = self._taken(post)["made_by"].cpu(), self.plan.place(post.source)
-                first, known = self._stored_by.setdefault(post.target, (made_by, maker))
+                key = post.target, post.source.segment
+                first, known = self._stored_by.setdefault(key, (made_by, maker))
                 if not torch.equal(maker, known):
                     raise PeerError(made_by, f"released with another {post.source.segment} than {first}")
 
