@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from federations import SITES, SIZES, job_of, records_of
-from partway.config import Job
+from partway.assembly import result_of
+from partway.config import Job, read_job
+from partway.data import thyroid
 from partway.data.records import Records
 from partway.errors import ConfigError
+from partway.finished import load
 from partway.plan.plan import Copy, Turn
 from partway.protocol.messages import LetterKind
 from partway.report import Result
@@ -245,3 +249,38 @@ def test_the_bits_do_not_depend_on_delivery(configuration: str) -> None:
 def test_jobs_that_cannot_be(terms: dict[str, Any], sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         private(terms, sections)
+
+
+THYROID = """
+[job]
+name = "thyroid"
+[network]
+build = "partway.model.zoo:mlp"
+arguments = {{ inputs = 29, hidden = [16, 8, 8], classes = 7 }}
+cut = ["hidden.1"]
+[training]
+schedule = "private"
+epochs = 2
+private = {{ shared_epochs = 1, personal = "{personal}" }}
+[result]
+trunk = "everyone"
+"""
+
+
+@pytest.mark.parametrize("personal", ["bottom", "embedding"])
+def test_what_it_leaves_at_a_site_predicts(personal: str, tmp_path: Path) -> None:
+    records = thyroid.bundled(seed=0)
+    whole = federation(read_job(THYROID.format(personal=personal)), records)
+    whole.run()
+    result = result_of(whole.parties["svi"], 0)
+    assert result.whole
+    result.write(tmp_path)
+    own = records["svi"]
+    tested = own.division["test"]
+    finished = load(tmp_path)
+    with torch.no_grad():
+        found = finished(own.features[tested].float())
+    scored = metrics.scores(found, own.labels[tested])
+    assert scored.accuracy == pytest.approx(result.sites["svi"]["accuracy"], abs=0.005)
+    assert set(result.chosen) == {"svi"}
+    assert result_of(whole.parties["server"], 0).chosen == {}

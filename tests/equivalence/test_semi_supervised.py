@@ -16,6 +16,7 @@ from partway.assembly import forecast_of
 from partway.config import Job, read_job, read_schema
 from partway.data import table
 from partway.data.records import Records, divide
+from partway.data.survey import survey
 from partway.errors import ConfigError, DataError
 from partway.local import toml
 from partway.plan.batches import equal_parts
@@ -74,7 +75,7 @@ class Loop:
         self.networks = dict.fromkeys(SITES, one)
         self.decoders = {site: everything.first("decoder", site) for site in SITES}
 
-    def shared(self) -> dict[Copy, nn.Module]:
+    def shared(self, clip: float = 0.0) -> dict[Copy, nn.Module]:
         """Every step updates what is shared, and the decoders of those with rows."""
         one = self.networks["a"]
         main, own = made(self.whole, *one.values()), {s: made(self.whole, d) for s, d in self.decoders.items()}
@@ -84,6 +85,10 @@ class Loop:
             for optimizer in (main, *own.values()):
                 optimizer.zero_grad()
             loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(
+                    [p for m in (*one.values(), *self.decoders.values()) for p in m.parameters()], clip
+                )
             main.step()
             for site in live:
                 own[site].step()
@@ -180,6 +185,19 @@ def test_private_equals_the_same_loss_with_a_bottom_a_site(configuration: str, o
 def test_with_dropout() -> None:
     whole = ran(semi({"network": DROPOUT}, optimizer=OPTIMIZERS["adam"], epochs=3))
     assert far(whole, Loop(whole).shared()) < 1e-10
+
+
+@configurations
+def test_clipped_by_one_norm_in_which_decoders_count(configuration: str) -> None:
+    whole = ran(semi(configuration=configuration, clip_norm=0.3, optimizer=OPTIMIZERS["adam"], epochs=3))
+    assert far(whole, Loop(whole).shared(clip=0.3)) < 1e-10
+    assert far(whole, Loop(whole).shared()) > 1e-5
+
+
+def test_in_half_precision_it_runs_and_the_sites_stay_equal() -> None:
+    whole = ran(semi(precision="float16", dtype="float32", epochs=2))
+    copies = [whole.parties[s].party.worker.segments[Copy("bottom", s)].weights() for s in SITES]
+    assert all(torch.equal(copies[0], copy) for copy in copies)
 
 
 def test_in_micro_batches_it_is_the_same() -> None:
@@ -343,6 +361,8 @@ def test_rows_of_a_file_without_a_label_count_and_are_told(tmp_path: Path) -> No
     assert sorted(records.features[records.division["unlabelled"], 0].tolist()) == [1, 3, 6]
     assert sum(records.sizes[part] for part in ("train", "validation", "test")) == 4
     assert Counts(**records.sizes).unlabelled == 3
+    told = survey(file, read_schema(SCHEMA)).text()
+    assert "all rows: 4 records count: ill 2, well 2; 3 have no label\n  1 rows do not count" in told
     without = read_schema(SCHEMA.replace('unlabelled = ["", "not yet"]', ""))
     with pytest.raises(DataError, match="an empty field is no label of the schema"):
         table.records_of(file, without, "reference", seed=0)
