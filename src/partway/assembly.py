@@ -44,6 +44,12 @@ from partway.train.stopping import Best, value
 from partway.train.tallies import FIGURES, Classes, Evaluation, Moments, Squares, read_figures
 from partway.train.worker import Loss, Tally, Worker
 
+STATES = {
+    "adam": ("exp_avg", "exp_avg_sq", "step"),
+    "adamw": ("exp_avg", "exp_avg_sq", "step"),
+    "sgd": ("momentum_buffer",),
+}
+"""What PyTorch's optimisers keep for a parameter, by its names for it."""
 HALF = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What `torch.autocast` is set to."""
 
@@ -89,6 +95,9 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         bottoms=training.half_trained.bottoms,
         shared_epochs=training.private.shared_epochs,
         gate=training.private.gate,
+        average_every=training.averaged.every,
+        turn_batches=training.relay.turn_batches,
+        relay_order=training.relay.order,
         synchronous_epochs=training.half_trained.synchronous_epochs,
     )
     options = Options(
@@ -206,6 +215,7 @@ def shapes_of(job: Job, plan: Plan, network: Parts, schema: Schema | Schemas) ->
         tallies=counted if plan.sites else {},
         figures={"scores": FIGURES, "own_scores": FIGURES, "classes": classes},
         dtype=dtype,
+        optimizer_state=STATES[job.training.optimizer.name] if job.training.optimizer.has_state else (),
         words={torch.float32: 1, torch.float64: 2}[dtype] if blind else 0,
         tally_words=2 if blind else 0,
     )

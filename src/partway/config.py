@@ -125,6 +125,10 @@ class Optimizer(Settings, frozen=True, kw_only=True):
     weight_decay: Annotated[float, Meta(ge=0, le=10)] = 0.0
     """`adamw`'s is decoupled from the gradient."""
 
+    @property
+    def has_state(self) -> bool:
+        return self.name != "sgd" or self.momentum > 0
+
 
 class LocalOptimizer(Optimizer, frozen=True, kw_only=True):
     """`optimizer` of `half_trained`"""
@@ -195,6 +199,27 @@ class RateSchedule(Settings, frozen=True, kw_only=True):
     """Of `steps`."""
 
 
+class Relay(Settings, frozen=True, kw_only=True):
+    """`relay` of `[training]`: site after site."""
+
+    turn_batches: Count = 0
+    """Batches of a site before the next one's turn; 0 for an epoch over its records."""
+    order: Literal["descending", "random"] = "descending"
+    """Of the sites: by training records, or drawn anew each epoch from the job's seed."""
+
+
+class Averaged(Settings, frozen=True, kw_only=True):
+    """`averaged` of `[training]`: union batches, weights averaged."""
+
+    every: Count = 0
+    """Steps between two averages; 0 for one at the end of each epoch."""
+
+
+ScheduleName = Literal[
+    "synchronous", "half_trained", "relay", "averaged", "private", "splitfed_v1", "splitfed_v2", "splitfed_v3"
+]
+
+
 class Training(Settings, frozen=True, kw_only=True):
     """`[training]`"""
 
@@ -207,12 +232,12 @@ class Training(Settings, frozen=True, kw_only=True):
     """Of `extended_vanilla`: the site at which they meet."""
     hops: tuple[Name, ...] = ()
     """Of `multi_hop`: the parties before the server, in order; the first holds the features."""
-    schedule: Literal["synchronous", "half_trained", "private"] = "synchronous"
+    schedule: ScheduleName = "synchronous"
     """In which order the parties train; see `docs/schedules.md`."""
     epochs: Positive = 20
     """Of training together; of `half_trained` the server's, over what was released."""
     batch: Positive = 256
-    """Records in a union batch, over all sites."""
+    """Records in a step: of a union batch, over all sites; in `relay` and SplitFed, of one site."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     """Of training together."""
     rate: RateSchedule = field(default_factory=RateSchedule)
@@ -229,6 +254,10 @@ class Training(Settings, frozen=True, kw_only=True):
     """Weights of the best evaluation on the validation records, or of the last epoch."""
     patience: Count = 0
     """Evaluations without a better one after which training stops; 0 for never."""
+    relay: Relay = field(default_factory=Relay)
+    """Read if it is the schedule."""
+    averaged: Averaged = field(default_factory=Averaged)
+    """Read if it is the schedule."""
     half_trained: HalfTrained = field(default_factory=HalfTrained)
     """Read if it is the schedule."""
     private: Private = field(default_factory=Private)

@@ -108,8 +108,10 @@ class Shapes:
     """int64 words for a number of a gradient in a blind sum; 0 where sums are added in the clear."""
     tally_words: int
     """The same for counts, which are float64."""
+    optimizer_state: tuple[str, ...] = ()
+    """What the main optimiser keeps for each number of a segment, by PyTorch's names; `step` is one for all."""
     _backwards: dict[tuple[str, str], int] = field(default_factory=dict, repr=False)
-    _known: dict[tuple[LetterKind, str, str, int, bool], Carried] = field(default_factory=dict, repr=False)
+    _known: dict[tuple[LetterKind, str, str, int, bool, bool], Carried] = field(default_factory=dict, repr=False)
 
     def of(self, turn: Turn, post: Post, sender: str, receiver: str) -> Carried:
         """What a letter carries in a turn from one party to another."""
@@ -117,7 +119,8 @@ class Shapes:
         if post.kind in (LetterKind.ACTIVATIONS, LetterKind.GRADIENT, LetterKind.LABELS):
             counts = turn.rows[post.micro_batch]
             rows = min(self.plan.rows(post.source, counts), self.plan.rows(post.target, counts))
-        key = (post.kind, post.source.segment, post.target.segment, rows, self.sealed(sender, receiver))
+        with_state = post.kind is LetterKind.STATE and turn.state
+        key = (post.kind, post.source.segment, post.target.segment, rows, self.sealed(sender, receiver), with_state)
         if key not in self._known:
             self._known[key] = self._carried(*key)
         return self._known[key]
@@ -135,7 +138,7 @@ class Shapes:
         """Letters between two parties that are not the hub pass through it, and are sealed from it."""
         return self.plan.hub not in (sender, receiver)
 
-    def _carried(self, kind: LetterKind, source: str, target: str, rows: int, sealed: bool) -> Carried:
+    def _carried(self, kind: LetterKind, source: str, target: str, rows: int, sealed: bool, state: bool) -> Carried:
         plain: tuple[Spec, ...] = ()
         if kind is LetterKind.ACTIVATIONS:
             plain = (Spec("x", NAMES[self.pieces[source].dtype], (rows, *self.pieces[source].output)),)
@@ -152,6 +155,8 @@ class Shapes:
             plain = (self._summed(source),)
         elif kind is LetterKind.STATE:
             plain = self.pieces[source].state
+            if state:
+                plain += self._optimizer_state(self.pieces[source].size)
         elif kind in (LetterKind.EQUAL, LetterKind.ACCOUNT):
             plain = (Spec("x", "uint8", (32,)),)
         elif kind is LetterKind.VERDICT:
@@ -160,6 +165,11 @@ class Shapes:
             plain = (Spec("x", "float64", (1,)),)
         wire = (Spec("sealed", "uint8", (payload_size(plain) + SEAL_BYTES,)),) if plain and sealed else plain
         return Carried(plain, wire, payload_size(wire))
+
+    def _optimizer_state(self, size: int) -> tuple[Spec, ...]:
+        """What an optimiser keeps for a segment of so many numbers; how many steps it has made is one number."""
+        kept = {n: ("float32", ()) if n == "step" else (NAMES[self.dtype], (size,)) for n in self.optimizer_state}
+        return tuple(Spec(f"optimizer.{name}", dtype, shape) for name, (dtype, shape) in kept.items())
 
     @property
     def _proof(self) -> tuple[Spec, ...]:

@@ -45,6 +45,12 @@ class Settings:
     """Of `half_trained`: what the sites' bottoms become."""
     shared_epochs: int = 3
     """Of `private`: epochs of `synchronous` that come first."""
+    average_every: int = 0
+    """Of `averaged`: steps between two averages; 0 for one at the end of each epoch."""
+    turn_batches: int = 0
+    """Of `relay`: batches in a site's turn; 0 for an epoch over its records."""
+    relay_order: Literal["descending", "random"] = "descending"
+    """Of `relay`: by training records, or drawn anew each epoch."""
     gate: bool = False
     """Of `private`: each site keeps its own only where its validation records gain by it."""
     synchronous_epochs: int = 0

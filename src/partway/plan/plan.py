@@ -313,6 +313,8 @@ class Turn:
     """The weight of each lane in a sum of weights; together they are 1."""
     gives: tuple[tuple[Copy, Copy], ...] = ()
     """From which copy to which the weights are handed."""
+    state: bool = False
+    """With them goes the state of the optimiser that updates them."""
     optimizer: Optimizing = "main"
     """Which of the job's optimisers updates."""
     rate: float = 1.0

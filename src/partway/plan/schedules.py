@@ -33,6 +33,7 @@ from partway.plan.phases import (
 )
 from partway.plan.plan import ONE, Copy, Edge, Judge, Plan, Segment, Sizes, Turn
 from partway.plan.private import private
+from partway.plan.rounds import averaged, relay, splitfed_v1, splitfed_v2, splitfed_v3
 
 
 def every_party(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
@@ -171,5 +172,14 @@ def _all_of(plan: Plan, bottom: str, turn: Turn) -> Turn:
     return replace(turn, gives=tuple(gives))
 
 
-SCHEDULES = {"synchronous": synchronous, "half_trained": half_trained, "private": private}
+SCHEDULES = {
+    "synchronous": synchronous,
+    "half_trained": half_trained,
+    "relay": relay,
+    "averaged": averaged,
+    "private": private,
+    "splitfed_v1": splitfed_v1,
+    "splitfed_v2": splitfed_v2,
+    "splitfed_v3": splitfed_v3,
+}
 """What `[training] schedule` may say."""

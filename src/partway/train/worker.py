@@ -19,7 +19,7 @@ from partway.cost import Cost
 from partway.errors import JobFailed, PeerError
 from partway.model.segment import Segment
 from partway.plan.plan import ONE, Copy, Optimizing, Part, Plan, Turn
-from partway.privacy.blind_sum import Numbers, Words, add
+from partway.privacy.blind_sum import ClearSum, Numbers, Words, add
 from partway.protocol.messages import LetterKind, Post
 from partway.protocol.net import Net, Task, squared
 from partway.shapes import Shapes
@@ -27,6 +27,8 @@ from partway.train.baselines import OptimizerOf
 from partway.train.scale import LossScale
 from partway.train.stopping import Verdict
 
+STATE = "optimizer."
+"""Before the names of what an optimiser keeps, in a letter with weights."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 """A sum over records, of outputs (n, ...) and labels (n,)."""
 
@@ -140,6 +142,8 @@ class Worker:
         self._optimizers: dict[tuple[Optimizing, Copy, tuple[str, ...]], torch.optim.Optimizer] = {}
         self._scales: dict[tuple[Optimizing, str], LossScale] = {}
         """Of each optimiser and, where lanes train apart, each lane."""
+        self._handed: dict[Copy, dict[str, Tensor]] = {}
+        """Optimiser states that have come with weights, until the next update."""
         self._kept: dict[Copy, dict[str, Tensor]] = {}
         """What a judge has found best so far."""
         self._stored_by: dict[tuple[Copy, str], tuple[str, Tensor]] = {}
@@ -403,9 +407,9 @@ class Worker:
                 self._finite(copy, plain)
             numbers = plain.detach().cpu().numpy()
         if self._unit(copy) in self._spoilt and not np.isfinite(numbers).all():
-            masked = self._side().spoil(self.at, copy.segment, *self._summed(copy.segment))
+            masked = self._side(copy.segment).spoil(self.at, copy.segment, *self._summed(copy.segment))
         else:
-            masked = self._side().mask(self.at, copy.segment, numbers)
+            masked = self._side(copy.segment).mask(self.at, copy.segment, numbers)
         self._made[LetterKind.SHARE, copy] = {"x": _signed(masked)}
 
     def _add(self, what: Copy, takes: Sequence[Post]) -> None:
@@ -414,7 +418,7 @@ class Worker:
     def _load(self, copy: Copy, takes: Sequence[Post]) -> None:
         total = _unsigned(self._taken(takes[0])["x"])
         _, dtype = self._summed(copy.segment)
-        plain = torch.from_numpy(self._side().unmask(self.at, copy.segment, total, dtype))
+        plain = torch.from_numpy(self._side(copy.segment).unmask(self.at, copy.segment, total, dtype))
         what = self._what[copy.segment]
         if what == "tally":
             self.tallies[copy.segment].settle(self._turn, plain)
@@ -423,7 +427,9 @@ class Worker:
         else:
             self.segments[copy].set_gradient(plain.to(self._device))
 
-    def _side(self) -> Sums:
+    def _side(self, segment: str) -> Sums:
+        if self.plan[segment].at == self.plan.hub:  # all copies are here: there is nobody to hide them from
+            return ClearSum()
         if self.sums is None:
             raise JobFailed("a sum is due, and no keys were agreed")
         return self.sums
@@ -489,6 +495,10 @@ class Worker:
         if flats and coefficient >= 0:
             if key not in self._optimizers:
                 self._optimizers[key] = self._makers[self._turn.optimizer](flats)
+            for copy in mine:
+                flat = self.segments[copy].flat
+                if flat is not None and copy in self._handed:
+                    self._optimizers[key].state[flat] = self._handed.pop(copy)
             for group in self._optimizers[key].param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * self._turn.rate
             for flat in flats:
@@ -502,9 +512,25 @@ class Worker:
 
     def _give(self, copy: Copy, _: Sequence[Post]) -> None:
         self._made[LetterKind.STATE, copy] = self.segments[copy].tensors()
+        if self._turn.state:
+            self._made[LetterKind.STATE, copy] |= {f"{STATE}{n}": t for n, t in self._state_of(copy).items()}
 
     def _take(self, copy: Copy, takes: Sequence[Post]) -> None:
-        self.segments[copy].load_tensors(self._taken(takes[0]))
+        taken = self._taken(takes[0])
+        self.segments[copy].load_tensors({name: t for name, t in taken.items() if not name.startswith(STATE)})
+        if self._turn.state:
+            self._handed[copy] = {n.removeprefix(STATE): t for n, t in taken.items() if n.startswith(STATE)}
+
+    def _state_of(self, copy: Copy) -> dict[str, Tensor]:
+        """What the optimiser keeps for a copy's numbers. Zeros before its first step, which trains the same."""
+        flat, names = self.segments[copy].flat, self.shapes.optimizer_state
+        kept = self._handed.get(copy, {})
+        for (kind, _, _), optimizer in self._optimizers.items():
+            if kind == self._turn.optimizer and flat is not None and copy not in self._handed:
+                kept = optimizer.state.get(flat, kept)
+        numbers = torch.zeros(self.segments[copy].size, dtype=self.shapes.dtype, device=self._device)
+        nothing = {name: torch.zeros((), dtype=torch.float32) if name == "step" else numbers for name in names}
+        return {name: kept.get(name, nothing[name]).clone() for name in names}
 
     def _choose(self, site: Copy, _: Sequence[Post]) -> None:
         choice = self._turn.choice

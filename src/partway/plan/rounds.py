@@ -1,0 +1,217 @@
+"""Schedules whose sites' segments meet as weights: averaged from time to time, or handed on from site to site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from partway.plan.batches import Batch, local_batches, shuffled, union_batches
+from partway.plan.phases import (
+    Schedule,
+    Settings,
+    Turns,
+    at_sites,
+    begin,
+    central,
+    end,
+    evaluation,
+    judged,
+    records_of,
+    step_and_epoch,
+    with_counts,
+)
+from partway.plan.plan import EACH, Copy, Judge, Plan, Sizes, Sum, Turn
+
+Epoch = Callable[[int], Iterator[Turn]]
+"""The turns of one epoch, in order; steps and epochs are counted by who walks them."""
+
+
+def averaged(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
+    """Union batches in which each site's segments step by themselves; from time to time they are averaged, blindly.
+
+    The loss is divided by the union batch's records, as in `synchronous`. A site without records in a step does not
+    step. Averages are weighted by training records, at the end of each epoch, or every `average_every` steps.
+    """
+
+    def turns(sizes: Sizes) -> tuple[Turn, ...]:
+        training, average = records_of(plan, sizes, "train"), _average(plan, sizes, at_sites(plan))
+
+        def steps(epoch: int) -> Iterator[Turn]:
+            for number, batch in enumerate(union_batches(training, settings.batch, settings.seed, epoch), 1):
+                yield _step(plan, batch, divisor=float(sum(batch.rows.values())))
+                if settings.average_every and number % settings.average_every == 0:
+                    yield average
+            yield average
+
+        return _run(plan, settings, sizes, steps)
+
+    return with_counts(plan, settings), turns
+
+
+def splitfed_v1(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
+    """Every site trains in parallel, with a trunk of its own at the server; after each epoch both halves are averaged.
+
+    Thapa et al. 2022, arXiv:2004.12088, SFLV1. Batches are a site's own; averages are weighted by training records.
+    Optimisers keep their state. The same as federated averaging with one local epoch a round.
+    """
+    return _splitfed(plan, settings, (*at_sites(plan), *central(plan)))
+
+
+def splitfed_v3(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
+    """As `splitfed_v1`, but only the trunks are averaged: each site keeps a bottom of its own.
+
+    Gawali et al. 2021, arXiv:2012.12591.
+    """
+    return _splitfed(plan, settings, central(plan))
+
+
+def _splitfed(plan: Plan, settings: Settings, mixed: Sequence[str]) -> tuple[Plan, Schedule]:
+    whole, hub = with_counts(plan, settings), central(plan)
+    segments = tuple(replace(s, copies=EACH) if s.name in hub else s for s in whole.segments)
+    whole = replace(whole, segments=segments).checked()
+
+    def turns(sizes: Sizes) -> tuple[Turn, ...]:
+        training, average = records_of(plan, sizes, "train"), _average(plan, sizes, mixed)
+
+        def steps(epoch: int) -> Iterator[Turn]:
+            for batch in local_batches(training, settings.batch):
+                yield _step(plan, batch)
+            yield average
+
+        equal = at_sites(plan) if mixed != hub else ()
+        return tuple(_own_trunk(turn, hub) for turn in _run(plan, settings, sizes, steps, equal))
+
+    return whole, turns
+
+
+def _own_trunk(turn: Turn, hub: Sequence[str]) -> Turn:
+    """The same turn; what travels from the server to a site is that site's copy."""
+    gives = tuple((Copy(a.segment, b.lane) if a.segment in hub else a, b) for a, b in turn.gives)
+    return replace(turn, gives=gives)
+
+
+def splitfed_v2(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
+    """One trunk takes the sites' batches one after the other, in an order drawn anew each time; bottoms are averaged.
+
+    Thapa et al. 2022, arXiv:2004.12088, SFLV2.
+    """
+
+    def turns(sizes: Sizes) -> tuple[Turn, ...]:
+        training, average = records_of(plan, sizes, "train"), _average(plan, sizes, at_sites(plan))
+
+        def steps(epoch: int) -> Iterator[Turn]:
+            for number, batch in enumerate(local_batches(training, settings.batch)):
+                for place in shuffled(len(plan.sites), "splitfed_v2", settings.seed, epoch, number):
+                    site = plan.sites[place]
+                    if batch.rows[site]:
+                        yield _step(plan, _of(batch, site), divisor=float(batch.rows[site]))
+            yield average
+
+        return _run(plan, settings, sizes, steps)
+
+    return with_counts(plan, settings), turns
+
+
+def relay(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
+    """Site after site trains with the server on its own batches, and hands its weights and optimiser's state on.
+
+    Gupta and Raskar 2018, arXiv:1810.06060, algorithm 2. Equals one network, trained on the sites' batches one after
+    the other. A site's turn is an epoch over its records, or `turn_batches` batches.
+    """
+
+    def turns(sizes: Sizes) -> tuple[Turn, ...]:
+        training = records_of(plan, sizes, "train")
+        home = at_sites(plan)
+        holder = [plan.sites[0]]
+        """Who has trained last, and so has the weights."""
+
+        def steps(epoch: int) -> Iterator[Turn]:
+            for site, batches in _visits(settings, training, epoch):
+                if site != holder[0]:
+                    gives = tuple((Copy(name, holder[0]), Copy(name, site)) for name in home)
+                    yield Turn(gives=gives, state=True)
+                    holder[0] = site
+                for batch in batches:
+                    yield _step(plan, batch, divisor=float(batch.rows[site]))
+
+        def after() -> Iterator[Turn]:
+            others = [site for site in plan.sites if site != holder[0]]
+            yield Turn(gives=tuple((Copy(n, holder[0]), Copy(n, site)) for n in home for site in others))
+
+        return _run(plan, settings, sizes, steps, at_sites(plan), after)
+
+    return with_counts(plan, settings), turns
+
+
+def _visits(settings: Settings, training: Mapping[str, int], epoch: int) -> Iterator[tuple[str, list[Batch]]]:
+    """Whose turn it is in an epoch, and which batches it has in it.
+
+    >>> visits = _visits(Settings(batch=2, turn_batches=1, relay_order="descending"), {"a": 2, "b": 4}, 0)
+    >>> [(site, len(batches)) for site, batches in visits]
+    [('b', 1), ('a', 1), ('b', 1)]
+    """
+    sites = [site for site, records in training.items() if records]
+    if settings.relay_order == "random":
+        sites = [sites[place] for place in shuffled(len(sites), "relay", settings.seed, epoch)]
+    else:
+        sites.sort(key=lambda site: -training[site])
+    batches = {site: local_batches({site: training[site]}, settings.batch) for site in sites}
+    most = settings.turn_batches or max(map(len, batches.values()))
+    while any(batches.values()):
+        for site in sites:
+            now, batches[site] = batches[site][:most], batches[site][most:]
+            if now:
+                yield site, now
+
+
+def _step(plan: Plan, batch: Batch, divisor: float | None = None) -> Turn:
+    """One step of everything, in which no gradient is summed."""
+    pieces = (*at_sites(plan), *central(plan))
+    return Turn(flow="split", rows=(batch.rows,), offsets=(batch.offsets,), divisor=divisor, train=pieces)
+
+
+def _of(batch: Batch, site: str) -> Batch:
+    return Batch({site: batch.rows[site]}, {site: batch.offsets[site]})
+
+
+def _average(plan: Plan, sizes: Sizes, names: Sequence[str]) -> Turn:
+    training = records_of(plan, sizes, "train")
+    share = {site: size / sum(training.values()) for site, size in training.items()}
+    sums: tuple[Sum, ...] = tuple(("weights", name) for name in names)
+    return Turn(sums=sums if len(plan.sites) > 1 else (), share=share)
+
+
+def _run(
+    plan: Plan,
+    settings: Settings,
+    sizes: Sizes,
+    steps: Epoch,
+    equal: Sequence[str] | None = None,
+    after: Callable[[], Iterator[Turn]] = lambda: iter(()),
+) -> tuple[Turn, ...]:
+    """A whole run: what comes before, every epoch's turns with an account and a look after them, and the end.
+
+    Args:
+        equal: the segments that are the same at every site after an epoch; if it is not said, all of the sites'.
+        after: what must come before a look, or the end, so that they are.
+    """
+    home = at_sites(plan)
+    equal = tuple((home if equal is None else equal) if len(plan.sites) > 1 else ())
+    first = begin(plan, settings, sizes, home)
+    turns: list[Turn] = []
+    (step, start), keeps = step_and_epoch(first), (*home, *central(plan))
+    for epoch in range(start, start + settings.epochs):
+        for turn in steps(epoch):
+            turns.append(replace(turn, step=step, epoch=epoch))
+            step += bool(turn.train)
+        looks = bool(settings.validate_every) and (epoch + 1 - start) % settings.validate_every == 0
+        if looks or epoch + 1 == start + settings.epochs:
+            turns += [replace(turn, step=step, epoch=epoch) for turn in after() if turn.gives]
+            turns.append(Turn(equal=equal, account=plan.sites, step=step, epoch=epoch))
+        else:
+            turns.append(Turn(account=plan.sites, step=step, epoch=epoch))
+        if looks:
+            judge = Judge(at=plan.sites[0], tally="scores", keeps=keeps) if settings.keep_best else None
+            turns += evaluation(plan, sizes, "validation", step, epoch, judge)
+    done: Turns = (*first, *judged(turns, len(first)))
+    return done + end(plan, settings, sizes, done)
