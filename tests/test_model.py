@@ -557,7 +557,7 @@ def test_allowed_names_that_are_no_networks(name: str, words: str) -> None:
         ({"hidden": [1] * 17}, "length of .* at most 16"),
         ({"hidden": [1, 65_537]}, "number 2 of .* at most 65536"),
         ({"hidden": [[1]]}, "of type int"),
-        ({"classes": 1}, "it is at least 2"),
+        ({"classes": 0}, "it is at least 1"),
     ],
 )
 def test_arguments_out_of_bounds(change: dict[str, Any], words: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from partway.blueprint import DTYPES, Network, Schemas, built, concatenated, configured, example_of
 from partway.config import Job, Optimizer, Policy
 from partway.cost import Cost, forecast
-from partway.data.records import Records, Schema, statistics_of
+from partway.data.records import Records, Schema, Target, statistics_of
 from partway.data.schema import columns_of, layout, part_of
 from partway.egress import Door, Tap
 from partway.errors import ConfigError
@@ -35,14 +35,15 @@ from partway.protocol.messages import Reason
 from partway.protocol.net import compile
 from partway.report import Result, machine
 from partway.shapes import Piece, Shapes, measure
-from partway.train import metrics
 from partway.train.baselines import OptimizerOf
 from partway.train.draws import derived, first_weights, forward_seed
-from partway.train.metrics import Scores
+from partway.train.scoring import FIGURES, AnyScores, read_figures, size_of_counts, value
 from partway.train.source import RecordSource, Shelf
-from partway.train.stopping import Best, value
-from partway.train.tallies import FIGURES, Classes, Evaluation, Moments, Squares, read_figures
-from partway.train.worker import Loss, Tally, Worker
+from partway.train.stopping import Best
+from partway.train.tallies import Classes, Evaluation, Moments, Squares
+from partway.train.targets import Loss, loss_of, whole_batch
+from partway.train.worker import Tally, Worker
+from partway.wire.tensors import NAMES
 
 STATES = {
     "adam": ("exp_avg", "exp_avg_sq", "step"),
@@ -56,7 +57,7 @@ HALF = {"full": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def schema_of(job: Job) -> Schema:
     """What a record of this job looks like. Raises `ConfigError` where only Python can say."""
-    return layout(columns_of(job), job.records.scale)
+    return layout(columns_of(job), job.records.scale, (job.records.target,))
 
 
 def schemas_of(job: Job, server: str = "server") -> Schemas:
@@ -68,8 +69,8 @@ def schemas_of(job: Job, server: str = "server") -> Schemas:
     for party in plan.holders:
         if party not in job.holds:
             raise ConfigError(f"the plan has records at {party}, and there is no [holds.{party}]")
-        own = layout(part_of(columns, job.holds[party]), job.records.scale)
-        found[party] = own if job.holds[party].targets else replace(own, classes=0)
+        held = job.holds[party]
+        found[party] = layout(part_of(columns, held), job.records.scale, held.targets)
     return found
 
 
@@ -153,10 +154,18 @@ def network_of(job: Job, policy: Policy, schema: Schema | Schemas, server: str =
     schemas = by_party(plan, schema)
     network, dtype = built(job, policy, plan, schemas), DTYPES[job.training.dtype]
     for loss in plan.losses:
-        width, classes = tuple(network.outputs[loss].shape[1:]), classes_of(plan, schemas, loss)
-        if width != (classes,):
-            what = f"[networks.{loss}]" if network.separate else f"[network] {job.builds[0]}"
-            raise ConfigError(f"{what} puts out {width} numbers a record; the records have {classes} classes")
+        width, target = tuple(network.outputs[loss].shape[1:]), target_of(plan, schemas, loss)
+        what = f"[networks.{loss}]" if network.separate else f"[network] {job.builds[0]}"
+        if width != (target.outputs,):
+            due = f"the records have {target.outputs} classes"
+            if target.kind != "classes":
+                due = f"the target {target.name}, {target.kind}, needs {target.outputs}"
+            raise ConfigError(f"{what} puts out {width} numbers a record; {due}")
+        if whole_batch(target) and (plan[loss].laned or job.training.micro_batch):
+            raise ConfigError(
+                f"Cox's loss of {target.name} needs a step's records in one place and at once: not in a U-shape, in "
+                "micro_batch or where each site trains by itself; give the target `intervals`, for discrete time"
+            )
     if job.concatenates:
         network = concatenated(network, plan.sites, policy)
     pieces: dict[str, Piece] = {}
@@ -172,7 +181,7 @@ def network_of(job: Job, policy: Policy, schema: Schema | Schemas, server: str =
     if job.training.schedule == "half_trained" and plan.sites:
         ((bottom,), (loss,)) = at_sites(plan), plan.losses
         output = network.outputs[bottom].to(pieces[bottom].dtype)
-        classes = classes_of(plan, schemas, loss)
+        classes = target_of(plan, schemas, loss).outputs
         head = local_head(output.shape[1:], classes, job.training.half_trained.local_head == "hidden")
         pieces[LOCAL_HEAD], _ = measure(head.to(dtype), output, first=False, half=half)
         network.modules[LOCAL_HEAD] = head
@@ -189,36 +198,49 @@ def network_of(job: Job, policy: Policy, schema: Schema | Schemas, server: str =
 
 
 def by_party(plan: Plan, schema: Schema | Schemas) -> Schemas:
-    """The schema of each party that holds records."""
-    return dict.fromkeys(plan.holders, schema) if isinstance(schema, Schema) else schema
+    """The schema of each party that holds records: of sites with patients of their own one for all."""
+    one = next(iter(schema.values())) if plan.sites and not isinstance(schema, Schema) else schema
+    return dict.fromkeys(plan.holders, one) if isinstance(one, Schema) else one
 
 
-def classes_of(plan: Plan, schemas: Schemas, loss: str) -> int:
-    """How many classes the labels have that a segment's loss is told."""
-    (source,) = (e.source for e in plan.edges("split") if e.target == loss and e.kind == "labels")
-    return schemas[plan.place(plan.copies(source)[0])].classes
+def target_of(plan: Plan, schemas: Schemas, loss: str) -> Target:
+    """What the labels are that a segment's loss is told."""
+    (edge,) = (e for e in plan.edges("split") if e.target == loss and e.kind == "labels")
+    return schemas[plan.place(plan.copies(edge.source)[0])].target(edge.field)
 
 
 def shapes_of(job: Job, plan: Plan, network: Parts, schema: Schema | Schemas) -> Shapes:
     """What every letter of the job carries."""
     dtype, blind, schemas = DTYPES[job.training.dtype], job.training.sums == "blind", by_party(plan, schema)
-    first, classes = schemas[plan.holders[0]], classes_of(plan, schemas, plan.losses[0])
+    first, targets = schemas[plan.holders[0]], {loss: target_of(plan, schemas, loss) for loss in plan.losses}
+    target = targets[plan.losses[0]]
+    classes = target.outputs
     counted = {
         "sums": 2 * first.numeric,
         "squares": first.numeric,
         "classes": classes,
-        "scores": metrics.size_of_counts(classes),
+        "scores": size_of_counts(target),
     }
     return Shapes(
         plan=plan,
         pieces={s.name: network.pieces[original(s.name)] for s in plan.segments if s.kind == "net"},
         tallies=counted if plan.sites else {},
+        labels=_labels(plan, schemas, target),
         figures={"scores": FIGURES, "own_scores": FIGURES, "classes": classes},
         dtype=dtype,
         optimizer_state=STATES[job.training.optimizer.name] if job.training.optimizer.has_state else (),
         words={torch.float32: 1, torch.float64: 2}[dtype] if blind else 0,
         tally_words=2 if blind else 0,
     )
+
+
+def _labels(plan: Plan, schemas: Schemas, target: Target) -> dict[tuple[str, str], tuple[str, tuple[int, ...]]]:
+    """What one record's label is on the wire, by the edge that brings it."""
+    found = {}
+    for edge in (e for flow, _ in plan.flows for e in plan.edges(flow) if e.kind == "labels"):
+        own = target if plan.sites else schemas[plan.place(plan.copies(edge.source)[0])].target(edge.field)
+        found[edge.source, edge.target] = NAMES[own.dtype], own.label
+    return found
 
 
 def forecast_of(job: Job, schema: Schema | Schemas, sizes: Sizes, server: str = "server") -> dict[str, Cost]:
@@ -309,11 +331,12 @@ def assemble(
     ledger.line("job", name=job.job.name, digest=digest.hex(), party=me, operator=operator, roster=job.roster)
     door = Door(me, ledger, place.tap, place.on_release)
     schemas = by_party(plan, schema)
-    counted = {loss: classes_of(plan, schemas, loss) for loss in plan.losses}
-    counted = {"scores": min(counted.values())} if plan.sites else {f"scores_{loss}": n for loss, n in counted.items()}
-    evaluations = {name: Evaluation(classes) for name, classes in counted.items()}
-    own = {name: Evaluation(min(counted.values())) for name in (OWN, SHARED)}
-    source, evaluation, classes = None, next(iter(evaluations.values())), Classes(next(iter(counted.values())))
+    targets = {loss: target_of(plan, schemas, loss) for loss in plan.losses}
+    target = targets[plan.losses[0]]
+    counted = {"scores": target} if plan.sites else {f"scores_{loss}": t for loss, t in targets.items()}
+    evaluations = {name: Evaluation(t) for name, t in counted.items()}
+    own = {name: Evaluation(target) for name in (OWN, SHARED)}
+    source, evaluation, classes = None, next(iter(evaluations.values())), Classes(target.outputs)
     if place.records is not None:
         source = RecordSource(place.records, secret, digest, dtype, device)
         if not plan.sites and len(place.records.numeric):  # all patients of these columns are here
@@ -332,10 +355,11 @@ def assemble(
         reports={"scores": evaluation.report_all, "own_scores": evaluation.report_own, "classes": classes.report},
         account=door.account,
         draws=lambda turn, m, copy: forward_seed(secret, digest, turn, m, copy),
+        losses={loss: loss_of(t) for loss, t in targets.items()} if not plan.sites else {},
         half=HALF[job.training.precision],
         device=device,
     )
-
+    worker.loss = loss_of(target)
     if job.training.class_weights != "none":
         worker.loss = _weighted(classes, worker)
 
@@ -407,11 +431,13 @@ def device_of(name: str) -> str:
 def result_of(assembled: Assembled, seconds: float) -> Result:
     """What this party knows at the end."""
     party, job, evaluations = assembled.party, assembled.job, assembled.evaluations
-    evaluation = next(iter(evaluations.values()))
+    evaluation = next((e for e in evaluations.values() if e.all), next(iter(evaluations.values())))
     worker, me = party.worker, party.me
     scores = ("report", "report_own")
-    told = [(turn, site, read_figures(row)) for turn, site, row in worker.board if turn.flow in scores]
-    seen: list[tuple[str, int, Scores]] = [(t.records, t.epoch, s) for t, _, s in told if t.flow == "report"]
+    told = [
+        (turn, site, read_figures(evaluation.target, row)) for turn, site, row in worker.board if turn.flow in scores
+    ]
+    seen: list[tuple[str, int, AnyScores]] = [(t.records, t.epoch, s) for t, _, s in told if t.flow == "report"]
     seen += evaluation.all
     sites = {site: s for turn, site, s in told if turn.flow == "report_own"}
     if "test" in evaluation.own and assembled.plan.sites:
@@ -425,6 +451,7 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
         losses=[float(loss) for loss in worker.losses],
         validation=[{"epoch": epoch, **asdict(s)} for part, epoch, s in seen if part == "validation"],
         all=next((asdict(s) for part, _, s in seen if part == "test"), {}),
+        targets=_by_target(evaluations) if len(evaluations) > 1 else {},
         sites={site: asdict(s) for site, s in sites.items()},
         cost={me: party.cost},
         plan=_words_of(assembled.plan, party.session.turns),
@@ -436,6 +463,11 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
         whole=weights.keys() == assembled.network.whole.state_dict().keys(),
         weights=weights,
     )
+
+
+def _by_target(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
+    found = {e.target.name: s for e in evaluations.values() for part, _, s in e.all if part == "test"}
+    return {name: asdict(scores) for name, scores in found.items()}
 
 
 def _words_of(plan: Plan, turns: Sequence[Turn]) -> dict[str, Any]:

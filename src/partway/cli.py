@@ -557,11 +557,13 @@ def simulate(
                 line.update(f"{parsed.job.name}: turn {max(session.at, 0)} of {len(session.turns)}")
 
         result = run(parsed, records, folder=folder, watch=watch)
-    rows = {**result.sites, "all sites": result.all} if result.all else result.sites
+    rows = {**result.sites, **(result.targets or ({"all sites": result.all} if result.all else {}))}
     text = []
     for name, row in rows.items():
         told = ", ".join(f"{figure} {number:.4g}" for figure, number in row.items() if number is not None)
-        few = "" if row["classes"] else "; no class has 3 positive and 3 negative test records, so there is no AUC"
+        few = (
+            "" if row.get("classes", 1) else "; no class has 3 positive and 3 negative test records, so there is no AUC"
+        )
         text.append(f"{name}: {told}{few}")
     _show(result.words(), json, "\n".join([*text, f"in {folder}" if folder else "nothing was written"]))
 

@@ -39,6 +39,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A
 Positive = Annotated[int, Meta(ge=1, lt=2**31)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Rate = Annotated[float, Meta(gt=0, le=1000)]
+ColumnName = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
 Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -303,6 +304,8 @@ class JobRecords(Settings, frozen=True, kw_only=True):
 
     schema: Annotated[str, Meta(max_length=64, pattern=r"^([a-z]+|[A-Za-z0-9][A-Za-z0-9_.-]*\.toml)$")] = "thyroid"
     """A bundled schema, or a file beside the job's. `dataset`: any PyTorch dataset of (features, label)."""
+    target: Annotated[str, Meta(max_length=200)] = ""
+    """Which of the schema's targets is learnt; empty for its label's classes."""
     scale: Scale = "statistics"
     """Of numeric columns: by mean and deviation over all sites, from two blind sums; or each that has one by its
     reference range, for which nothing is exchanged; `marks` adds steps at and beyond the range's limits."""
@@ -362,7 +365,62 @@ class Image(Settings, frozen=True, kw_only=True, tag_field="kind", tag="image"):
 
 
 Column = Numeric | Flag | Category | Image
-ColumnName = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
+
+
+class ClassesTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="classes"):
+    """One of several classes: cross entropy."""
+
+    column: ColumnName
+    classes: Annotated[dict[str, tuple[str, ...]], Meta(min_length=2, max_length=1000)]
+    """In this order; each with the values that mean it."""
+
+
+class BinaryTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="binary"):
+    """Yes or no: one number comes out, the log-odds of yes."""
+
+    column: str = ""
+    """Of the answer; or `time`, `event` and `within` say it."""
+    values: tuple[str, str] = ("0", "1")
+    """For no and for yes, in `column` or in `event`."""
+    time: str = ""
+    event: str = ""
+    within: Annotated[float, Meta(gt=0)] | None = None
+    """Yes, if the event came at this time or before. Who was lost from sight before that does not count."""
+
+
+class MultiLabelTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="multi_label"):
+    """Several answers of yes or no."""
+
+    columns: Annotated[tuple[ColumnName, ...], Meta(min_length=1, max_length=1000)]
+    values: tuple[str, str] = ("0", "1")
+
+
+class RegressionTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="regression"):
+    """A number: squared error."""
+
+    column: ColumnName
+    unit: Annotated[str, Meta(max_length=64)] = ""
+    range: tuple[float, float] | None = None
+    """Of values that can be."""
+    log: Annotated[float, Meta(gt=0)] | None = None
+    """What is learnt is log(value + this)."""
+    spread: Annotated[float, Meta(gt=0)] = 1.0
+    """What is learnt is divided by this, so that errors are near 1."""
+
+
+class SurvivalTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="survival"):
+    """A time until an event, or until the record was lost from sight."""
+
+    time: ColumnName
+    event: ColumnName
+    values: tuple[str, str] = ("0", "1")
+    """Of `event`: lost from sight; it came."""
+    unit: Annotated[str, Meta(max_length=64)] = ""
+    intervals: tuple[Annotated[float, Meta(gt=0)], ...] = ()
+    """Where each interval of time ends: a number comes out for each. Without them one comes out, a risk (Cox)."""
+
+
+TargetSettings = ClassesTarget | BinaryTarget | MultiLabelTarget | RegressionTarget | SurvivalTarget
 
 
 class SchemaHeader(Settings, frozen=True, kw_only=True):
@@ -383,6 +441,15 @@ class SchemaHeader(Settings, frozen=True, kw_only=True):
     """The column by which parties that hold different columns match their records; without it, rows go by number."""
 
 
+def made_of(target: TargetSettings) -> tuple[str, ...]:
+    """Which columns of a file a target is made of."""
+    if isinstance(target, MultiLabelTarget):
+        return target.columns
+    if isinstance(target, SurvivalTarget) or (isinstance(target, BinaryTarget) and target.within is not None):
+        return target.time, target.event
+    return (target.column,)
+
+
 class Columns(Settings, frozen=True, kw_only=True):
     """A schema file: what every site of a federation has in its file of records."""
 
@@ -393,11 +460,14 @@ class Columns(Settings, frozen=True, kw_only=True):
     """In the order of the features. Other columns of a site's file are not read."""
     sites: dict[Name, str] = {}
     """What stands in the site column for each site; other rows are not read. Without it, each value is a site."""
+    targets: dict[Name, TargetSettings] = {}
+    """What else than the label's classes can be learnt; a job names one, `[records] target`."""
 
     @property
     def numbered(self) -> tuple[str, ...]:
-        """A column's number stands for it where no words may leave: the label, the columns, and the site."""
-        return (self.schema.label, *self.columns, *([self.schema.site] if self.schema.site else []))
+        """A column's number stands for it where no words may leave: the label, the columns, the site, the targets'."""
+        first = (self.schema.label, *self.columns, *([self.schema.site] if self.schema.site else []))
+        return tuple(dict.fromkeys((*first, *(c for target in self.targets.values() for c in made_of(target)))))
 
 
 class Job(Settings, frozen=True, kw_only=True):
@@ -620,6 +690,16 @@ def _with_columns(job: Job, columns: Columns, where: str) -> Job:
         raise ConfigError(
             f"{where}: [schema] unlabelled is for configurations in which sites have patients of their own"
         )
+    known = (columns.schema.label, *columns.targets)
+    named = [job.records.target, *(target for held in job.holds.values() for target in held.targets)]
+    for target in named:
+        if target and target not in known:
+            near = difflib.get_close_matches(target, known, n=1)
+            advice = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(known)}"
+            raise ConfigError(f"{where}: the schema {columns.schema.name} has no target `{target}`; {advice}")
+    learnt = columns.targets.get(job.records.target)
+    if job.training.class_weights != "none" and not isinstance(learnt, ClassesTarget | None):
+        raise ConfigError(f"{where}: class_weights are for classes, and {job.records.target} has none")
     return msgspec.structs.replace(job, columns=columns)
 
 
@@ -721,6 +801,8 @@ def read_schema(text: str | bytes, where: str = "the schema") -> Columns:
     header = schema.schema
     if header.label in schema.columns or header.site in (header.label, *schema.columns):
         raise ConfigError(f"{where}: label, site and columns must be different columns")
+    for name, target in schema.targets.items():
+        _check_target(target, f"{where}: [targets] {name}", schema)
     if schema.sites and header.site is None:
         raise ConfigError(f"{where}: [sites] says what stands in the site column, and [schema] site names none")
     labels = [*schema.classes.values(), header.leave_out, header.unlabelled]
@@ -735,6 +817,26 @@ def read_schema(text: str | bytes, where: str = "the schema") -> Columns:
         else:
             _check_words([column.missing, *((value,) for value in column.values)], here)
     return schema
+
+
+def _check_target(target: TargetSettings, here: str, schema: Columns) -> None:
+    if isinstance(target, BinaryTarget):
+        by_time = bool(target.time and target.event and target.within is not None)
+        if bool(target.column) == by_time or bool(target.time) != by_time or bool(target.event) != by_time:
+            raise ConfigError(f"{here}: a binary target has a column, or time, event and within")
+    for name in made_of(target):
+        if name in schema.columns:
+            raise ConfigError(f"{here}: {name} is among [columns]: the network would be told what it is to learn")
+    if isinstance(target, RegressionTarget):
+        low, high = target.range or (0, 1)
+        if not low < high or (target.log is not None and low + target.log <= 0):
+            raise ConfigError(
+                f"{here}: range goes from a number to a larger one, each with a logarithm if there is log"
+            )
+    if isinstance(target, SurvivalTarget) and list(target.intervals) != sorted(set(target.intervals)):
+        raise ConfigError(f"{here}: intervals end one after the other")
+    if isinstance(target, ClassesTarget):
+        _check_words([*target.classes.values()], f"{here}: classes")
 
 
 def _check_numeric(column: Numeric, here: str) -> None:

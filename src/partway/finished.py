@@ -100,7 +100,7 @@ def predict(finished: Finished, table: Table, site: str | None = None, units: Ma
         DataError: the file does not fit the schema.
     """
     columns = columns_of(finished.job)
-    checked = Checked(table, columns, labelled=False)
+    checked = Checked(table, columns, targets=())
     checked.structure(site, units or {})
     checked.content(site)
     if checked.faults:

@@ -33,7 +33,9 @@ class Result:
     validation: list[dict[str, Any]] = field(default_factory=list)
     """Scores over all sites' validation records, by `epoch`, from blind sums."""
     all: dict[str, Any] = field(default_factory=dict)
-    """Scores over all sites' test records, from blind sums."""
+    """Scores over all sites' test records, from blind sums; of several targets those of the first known here."""
+    targets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Where there are several targets: the same of each that this party has scores of."""
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Sites' own exact scores on their test records, as far as this party knows them."""
     cost: dict[str, Cost] = field(default_factory=dict)

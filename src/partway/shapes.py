@@ -108,6 +108,8 @@ class Shapes:
     """int64 words for a number of a gradient in a blind sum; 0 where sums are added in the clear."""
     tally_words: int
     """The same for counts, which are float64."""
+    labels: Mapping[tuple[str, str], tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Type and shape of one record's label, by the edge that brings it, where it is not a class."""
     optimizer_state: tuple[str, ...] = ()
     """What the main optimiser keeps for each number of a segment, by PyTorch's names; `step` is one for all."""
     _backwards: dict[tuple[str, str], int] = field(default_factory=dict, repr=False)
@@ -148,7 +150,8 @@ class Shapes:
         elif kind is LetterKind.GRADIENT:
             plain = (Spec("x", NAMES[self.pieces[target].dtype], (rows, *self.pieces[target].output)),)
         elif kind is LetterKind.LABELS:
-            plain = (Spec("x", "int64", (rows,)), *self._proof)
+            dtype, shape = self.labels.get((source, target), ("int64", ()))
+            plain = (Spec("x", dtype, (rows, *shape)), *self._proof)
         elif kind is LetterKind.SCORES:
             plain = (Spec("x", "float64", (1, self.figures[source])),)
         elif kind in (LetterKind.SHARE, LetterKind.SUM):

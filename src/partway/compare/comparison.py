@@ -26,7 +26,7 @@ from partway.report import Result
 from partway.simulation import simulate
 from partway.train.baselines import Task, Trained
 from partway.train.metrics import Scores
-from partway.train.stopping import value
+from partway.train.scoring import value
 from partway.train.tuning import METHODS, TRIED, Tuned, total, tuned
 
 TITLES = {

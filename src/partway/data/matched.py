@@ -68,7 +68,7 @@ def records_of(
     """One party's columns and labels of the agreed records, in the order of the list, divided by the job's seed."""
     whole = columns_of(job)
     part = part_of(whole, held)
-    checked = Checked(file, part, labelled=bool(held.targets))
+    checked = Checked(file, part, held.targets)
     checked.structure(None, units or {})
     checked.content(None)
     own = _ids(file, whole.schema.id, checked.rows)
@@ -84,17 +84,18 @@ def records_of(
     if held.targets and lacking:
         words = f"{lacking:,} of the {len(agreed):,} agreed ids have no label here: take them from the list"
         raise DataError(f"{file.path}: {words}")
-    features = checked.features(job.records.scale)
+    features, schema = checked.features(job.records.scale), layout(part, job.records.scale, held.targets)
+    labels = {target.name: values[at] for target, values in zip(schema.targets, checked.labels.values(), strict=False)}
     values = [torch.where(present, f.values[at], torch.nan if f.by_statistics else 0.0) for f in features]
     return Records(
-        torch.stack(values, 1).view(-1, *layout(part, job.records.scale).shape)
-        if values
-        else torch.zeros(len(agreed), 0),
-        checked.labels[at] if held.targets else torch.zeros(len(agreed)),
-        classes=len(whole.classes) if held.targets else 0,
+        torch.stack(values, 1).view(-1, *schema.shape) if values else torch.zeros(len(agreed), 0),
+        next(iter(checked.labels.values()))[at] if held.targets else torch.zeros(len(agreed)),
+        classes=schema.classes,
         numeric=tuple(number for number, feature in enumerate(features) if feature.by_statistics),
         division=division(len(agreed), job.job.seed),
         ids=list(agreed),
+        targets=schema.targets if held.targets else (),
+        more=labels,
         present=present if lacking else None,
     )
 

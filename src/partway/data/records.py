@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,30 @@ SHARES: Mapping[Part, float] = {"train": 0.55, "validation": 0.10, "test": 0.35}
 """How a site's records are divided."""
 
 
+Kind = Literal["classes", "binary", "multi_label", "regression", "survival"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is learnt of a record."""
+
+    name: str = ""
+    kind: Kind = "classes"
+    outputs: int
+    """Numbers that a network puts out for it."""
+    intervals: tuple[float, ...] = ()
+    """Of survival in discrete time: where each ends. Without them one number comes out, a risk (Cox)."""
+
+    @property
+    def label(self) -> tuple[int, ...]:
+        """The shape of a record's label: a class, an answer, several, a number, or a time and whether it came."""
+        return {"multi_label": (self.outputs,), "survival": (2,)}.get(self.kind, ())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int64 if self.kind == "classes" else torch.float64
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schema:
     """What a record looks like, so that a network can be cut and every letter's size be known beforehand."""
@@ -33,8 +57,17 @@ class Schema:
     shape: tuple[int, ...]
     """Of one record's features."""
     classes: int
+    """Numbers that a network puts out for the job's own target; 0 where there is no label."""
     numeric: int
     """Columns that are standardised."""
+    targets: tuple[Target, ...] = ()
+    """What is held of labels; empty for `classes` of them alone."""
+
+    def target(self, name: str = "") -> Target:
+        """A target by name; without one, the first."""
+        if not self.targets:
+            return Target(outputs=self.classes)
+        return next(t for t in self.targets if not name or t.name == name)
 
 
 class Records:
@@ -43,9 +76,12 @@ class Records:
     Args:
         features: shape (n, ...). In numeric columns NaN is a value that was not measured.
         labels: int64, shape (n,), from 0 to `classes` - 1; -1 for a record that has none.
+            Of other targets as `Target.label` says.
         numeric: columns of a table that are to be standardised.
         division: indices of the records in each part.
         ids: of all records, where other parties hold columns of the same ones; without them, their numbers.
+        targets: what the labels are, if not classes; the first is the job's own.
+        more: labels of several targets, by name.
         present: which of them are here, shape (n,), bool; the features of the others count as not measured.
     """
 
@@ -59,12 +95,17 @@ class Records:
         division: Mapping[Part, Tensor],
         ids: Sequence[str] = (),
         present: Tensor | None = None,
+        targets: tuple[Target, ...] = (),
+        more: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.features, self.labels = features.double(), labels.long()
+        schema = Schema(shape=tuple(features.shape[1:]), classes=classes, numeric=len(numeric), targets=targets)
+        self.features, self.labels = features.double(), labels.to(schema.target().dtype)
+        self.targets = {name: values.to(schema.target(name).dtype) for name, values in (more or {}).items()}
+        """Labels by target, where there are several."""
         self.numeric = torch.tensor(numeric, dtype=torch.int64)
         self.division = {part: index.long() for part, index in division.items()}
         self.ids, self.present = tuple(ids), present
-        self.schema = Schema(shape=tuple(features.shape[1:]), classes=classes, numeric=len(numeric))
+        self.schema = schema
 
     @classmethod
     def from_dataset(cls, dataset: Dataset[Any], classes: int, seed: int) -> Records:

@@ -12,7 +12,7 @@ The layout of the features and their values come from one function, `encoded`: w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from partway.config import Category, Column, Columns, Flag, Held, Image, Job, Numeric, Scale
+from partway.data.labels import target_of
 from partway.data.records import Schema
 from partway.errors import ConfigError
 
@@ -115,13 +116,20 @@ def features_of(columns: Columns, scale: Scale) -> list[Feature]:
     return [f for name, column in columns.columns.items() for f in encoded(name, column, nothing, scale)]
 
 
-def layout(columns: Columns, scale: Scale) -> Schema:
-    """What a record becomes, in numbers."""
+def layout(columns: Columns, scale: Scale, targets: Sequence[str] = ("",)) -> Schema:
+    """What a record becomes, in numbers.
+
+    Args:
+        targets: what is held of labels; an empty name is the schema's own.
+    """
     features = features_of(columns, scale)
     numeric = sum(feature.by_statistics for feature in features)
     only = list(columns.columns.values())
     shape = only[0].shape if len(only) == 1 and isinstance(only[0], Image) else (len(features),)
-    return Schema(shape=shape, classes=len(columns.classes), numeric=numeric)
+    held = tuple(target_of(columns, name) for name in targets)
+    own = held == (target_of(columns, ""),)
+    classes = held[0].outputs if held else 0
+    return Schema(shape=shape, classes=classes, numeric=numeric, targets=() if own else held)
 
 
 def words(columns: Columns, faults: Iterable[tuple[int, str]]) -> str:

@@ -26,12 +26,12 @@ from partway.errors import UsageError
 _FOLDER = Path(__file__).parent / "bundled"
 
 
-def bundled(name: str, seed: int, scale: Scale = "statistics") -> dict[str, Records]:
+def bundled(name: str, seed: int, scale: Scale = "statistics", target: str = "") -> dict[str, Records]:
     """A bundled data set's records by site, each divided by `seed`. One without a site column is one site's."""
     table, columns = _table(name), bundled_schema(name)
     if columns.schema.site is None:
-        return {name: records_of(table, columns, scale, seed)}
-    return sites_of(table, columns, scale, seed)
+        return {name: records_of(table, columns, scale, seed, target=target)}
+    return sites_of(table, columns, scale, seed, target)
 
 
 def records_for(job: Job, data: Path | None) -> Callable[[int], dict[str, Records]]:
@@ -41,7 +41,7 @@ def records_for(job: Job, data: Path | None) -> Callable[[int], dict[str, Record
         UsageError: none are bundled for the job's schema, and no file is given.
         ConfigError, DataError: the job has no schema, or the file does not fit it.
     """
-    scale = job.records.scale
+    scale, target = job.records.scale, job.records.target
     if data is None and job.records.schema not in SCHEMAS:
         raise UsageError(f"no records are bundled for {job.records.schema}: name a file of all sites' with --data")
     if not job.laned:
@@ -49,8 +49,8 @@ def records_for(job: Job, data: Path | None) -> Callable[[int], dict[str, Record
         return lambda seed: _parties_of(table, msgspec.structs.replace(job, job=_with(job.job, seed)))
     if data is not None:
         table, columns = load(data), columns_of(job)
-        return lambda seed: sites_of(table, columns, scale, seed)
-    return lambda seed: bundled(job.records.schema, seed, scale)
+        return lambda seed: sites_of(table, columns, scale, seed, target)
+    return lambda seed: bundled(job.records.schema, seed, scale, target)
 
 
 def _parties_of(table: Table, job: Job) -> dict[str, Records]:

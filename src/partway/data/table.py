@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from partway.config import Category, Column, Columns, Connection, Flag, Image, Job, Numeric, Scale
+from partway.data.labels import answers, needed, number, numbered, strata
 from partway.data.records import Records, divide
 from partway.data.schema import Feature, columns_of, encoded, layout, words
 from partway.errors import DataError
@@ -92,7 +93,9 @@ def read(connection: Connection, home: Path, job: Job) -> Records:
     """
     table = load(home / connection.path, connection.connector)
     columns, scale, seed = columns_of(job), job.records.scale, job.job.seed
-    return records_of(table, columns, scale, seed, site=connection.site, units=connection.units)
+    return records_of(
+        table, columns, scale, seed, site=connection.site, units=connection.units, target=job.records.target
+    )
 
 
 def records_of(
@@ -103,9 +106,10 @@ def records_of(
     *,
     site: str | None = None,
     units: Mapping[str, str] | None = None,
+    target: str = "",
 ) -> Records:
     """The records of a file, or of one site in it. Raises `DataError` with everything that does not fit."""
-    checked = Checked(table, columns)
+    checked = Checked(table, columns, (target,))
     checked.structure(site, units or {})
     checked.content(site)
     if checked.faults:
@@ -114,13 +118,14 @@ def records_of(
     return checked.records(scale, seed)
 
 
-def sites_of(table: Table, columns: Columns, scale: Scale, seed: int) -> dict[str, Records]:
+def sites_of(table: Table, columns: Columns, scale: Scale, seed: int, target: str = "") -> dict[str, Records]:
     """The records of every site in a file, by its site column.
 
     Raises:
         DataError: the schema names no site column, or something does not fit: told of all sites together.
     """
-    common, sites = Checked(table, columns), {name: Checked(table, columns) for name in site_names(table, columns)}
+    common = Checked(table, columns, (target,))
+    sites = {name: Checked(table, columns, (target,)) for name in site_names(table, columns)}
     common.structure(None, {})
     for name, checked in sites.items():
         checked.content(name)
@@ -160,16 +165,18 @@ class Checked:
     First `structure`, then `content`; without faults, `records` can be had.
 
     Args:
-        labelled: the label's column is read; without it, `features` can be had.
+        targets: which targets' columns are read; an empty name is the label. Without any, `features` can be had.
     """
 
-    def __init__(self, table: Table, columns: Columns, labelled: bool = True) -> None:
-        self._table, self._columns, self._labelled = table, columns, labelled
+    def __init__(self, table: Table, columns: Columns, targets: Sequence[str] = ("",)) -> None:
+        self._table, self._columns = table, columns
+        self._targets = tuple("" if name == columns.schema.label else name for name in targets)
         self._counts = np.ones(len(table.frame), dtype=bool)
         """Rows that are this site's, and not left out."""
         self.faults: list[Fault] = []
         self._values: dict[str, Tensor] = {}
-        self._labels = torch.empty(0, dtype=torch.int64)
+        self.labels: dict[str, Tensor] = {}
+        """By target, of the records that count."""
 
     def structure(self, site: str | None, units: Mapping[str, str]) -> None:
         """Columns and units."""
@@ -179,8 +186,7 @@ class Checked:
                 f"{self._table.path}: only rows of {site} are to be read, and the schema names no site column"
             )
         needless = {columns.schema.site} if site is None else set[str | None]()
-        if not self._labelled:
-            needless.add(columns.schema.label)
+        needless |= {*columns.numbered} - {*columns.columns, *needed(columns, self._targets), columns.schema.site}
         for name in columns.numbered:
             parts = _parts(name, columns.columns.get(name))
             if (missing := [part for part in parts if part not in there]) and name not in needless:
@@ -196,16 +202,17 @@ class Checked:
     def content(self, site: str | None) -> None:
         """Values, of the columns that are there."""
         header, there = self._columns.schema, set(self._table.frame.columns)
-        if not self._labelled:
-            there.discard(header.label)
         if site is not None and header.site in there:
             self._counts &= (_text(self._table, header.site) == self._columns.sites.get(site, site)).to_numpy()
-        if header.label in there:
-            labels = self._classes()
+        read = {name: self._answers(name) for name in self._targets if there.issuperset(needed(self._columns, [name]))}
         present = {name: c for name, c in self._columns.columns.items() if there.issuperset(_parts(name, c))}
         numbers = {name: self._numbers(name, c) for name, c in present.items() if isinstance(c, Numeric)}
-        if header.label in there and not self._counts.any() and not self.faults:
-            self._fault(header.label, "NO_RECORDS", "no records that count; the site has nothing to train on")
+        if read and not self._counts.any() and not self.faults:
+            self._fault(
+                next(needed(self._columns, self._targets)),
+                "NO_RECORDS",
+                "no records that count; the site has nothing to train on",
+            )
         for name, column in present.items():
             if isinstance(column, Image):
                 found = self._pixels(name, column)
@@ -214,19 +221,19 @@ class Checked:
             else:
                 found = self._codes(name, column)
             self._values[name] = torch.from_numpy(found[self._counts])
-        if header.label in there:
-            self._labels = torch.from_numpy(labels[self._counts])
+        self.labels = {name: torch.from_numpy(values[self._counts]) for name, values in read.items()}
 
     def records(self, scale: Scale, seed: int) -> Records:
         """The records that count, divided by `seed`."""
-        features = self.features(scale)
-        shape = layout(self._columns, scale).shape
+        features, schema = self.features(scale), layout(self._columns, scale, self._targets)
+        labels = self.labels[self._targets[0]]
         return Records(
-            torch.stack([feature.values for feature in features], 1).view(-1, *shape),
-            self._labels,
-            classes=len(self._columns.classes),
-            numeric=tuple(number for number, feature in enumerate(features) if feature.by_statistics),
-            division=divide(self._labels, seed),
+            torch.stack([feature.values for feature in features], 1).view(-1, *schema.shape),
+            labels,
+            classes=schema.classes,
+            numeric=tuple(n for n, feature in enumerate(features) if feature.by_statistics),
+            division=divide(strata(schema.target(), labels), seed),
+            targets=schema.targets,
         )
 
     def features(self, scale: Scale) -> list[Feature]:
@@ -238,21 +245,26 @@ class Checked:
         ]
 
     @property
-    def labels(self) -> Tensor:
-        """The classes of the records that count."""
-        return self._labels
-
-    @property
     def rows(self) -> list[int]:
         """Which rows of the file the records that count are, as the file numbers them."""
         numbers: list[int] = (np.flatnonzero(self._counts) + self._table.first).tolist()
         return numbers
 
+    def _answers(self, name: str) -> np.ndarray:
+        """What is to be learnt of each row, by a target."""
+        if not name:
+            return self._classes()
+        found = answers(self._columns.targets[name], lambda column: _text(self._table, column))
+        for wrong in found.faults:
+            self._wrong(wrong.column, wrong.kind, _text(self._table, wrong.column), wrong.where, wrong.told)
+        self._counts &= found.counts
+        return found.values
+
     def _classes(self) -> np.ndarray:
         """The class of each row; what is left out counts no more."""
         header, groups = self._columns.schema, list(self._columns.classes.values())
         text = _text(self._table, header.label)
-        codes = _numbered(text, [*groups, header.leave_out, header.unlabelled], header.by_prefix)
+        codes = numbered(text, [*groups, header.leave_out, header.unlabelled], header.by_prefix)
         self._wrong(header.label, "CLASS", text, codes < 0, "is no label of the schema")
         self._counts &= codes != len(groups)
         codes[codes > len(groups)] = -1
@@ -268,7 +280,7 @@ class Checked:
             text = _text(self._table, name)
             x = text.cast(pl.Float64, strict=False).fill_null(math.nan).to_numpy().copy()
             missing = text.is_in(list(column.missing)).to_numpy()
-        missing = missing | np.isin(x, [n for word in column.missing if (n := _number(word)) is not None])
+        missing = missing | np.isin(x, [n for word in column.missing if (n := number(word)) is not None])
         x[np.isnan(x)] = math.inf
         x[missing] = math.nan
         if column.range is not None and column.outside == "leave out":
@@ -303,7 +315,7 @@ class Checked:
     def _codes(self, name: str, column: Flag | Category) -> np.ndarray:
         """The number of each row's value, -1 where it is missing."""
         text, values = _text(self._table, name), column.values
-        codes = _numbered(text, [column.missing, *((value,) for value in values)]) - 1
+        codes = numbered(text, [column.missing, *((value,) for value in values)]) - 1
         due = f"is none of {', '.join(values)}" + (" or empty" if "" in column.missing else "")
         self._wrong(name, "CATEGORY", text, codes < -1, due)
         return codes
@@ -341,27 +353,3 @@ def _text(table: Table, name: str) -> pl.Series:
 def _parts(name: str, column: Column | None) -> list[str]:
     """The columns of a file that are one of the schema's."""
     return [f"{name}{number}" for number in range(column.size)] if isinstance(column, Image) else [name]
-
-
-def _numbered(text: pl.Series, groups: Sequence[Sequence[str]], by_prefix: bool = False) -> np.ndarray:
-    """In which group each word stands, -1 for none: int64."""
-
-    def of(word: str) -> int:
-        number = _number(word)
-        for at, group in enumerate(groups):
-            if word in group or (by_prefix and word.startswith(tuple(group))):
-                return at
-            if number is not None and any(_number(other) == number for other in group):
-                return at
-        return -1
-
-    known = {word: of(word) for word in text.unique()}
-    return np.array([known[word] for word in text], dtype=np.int64)
-
-
-def _number(word: str) -> float | None:
-    try:
-        number = float(word)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

@@ -25,7 +25,8 @@ from torch import nn
 from partway.errors import ConfigError
 from partway.model.recipe import Between, Recipe
 
-Classes = Annotated[int, Between(2, 10_000)]
+Classes = Annotated[int, Between(1, 10_000)]
+"""Numbers that come out for a record: of classes as many as there are, of an answer or a number one."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from partway.plan.plan import Part
 from partway.shapes import Piece, measure
 from partway.train import metrics
 from partway.train.metrics import Scores
-from partway.train.stopping import Best, Verdict, value
+from partway.train.scoring import value
+from partway.train.stopping import Best, Verdict
 
 OptimizerOf = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Rows = tuple[Tensor, Tensor]

@@ -58,6 +58,10 @@ class RecordSource:
             self._orders[turn.records] = turn.epoch, order
         return order[offset : offset + rows]
 
+    def answers(self, turn: Turn, offset: int, rows: int, target: str) -> Tensor:
+        """The labels of one of several targets, of the same rows."""
+        return self.records.targets[target].to(self._device).index_select(0, self._chosen(turn, offset, rows))
+
     # -- where other parties hold columns of the same records
 
     def share(self, secret: bytes) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from enum import IntFlag
 
-from partway.train.metrics import Scores
+from partway.train.scoring import AnyScores, value
 
 
 class Verdict(IntFlag):
@@ -21,13 +21,6 @@ class Verdict(IntFlag):
     KEEP = 1
     """The best so far."""
     STOP = 2
-
-
-def value(scores: Scores) -> float:
-    """How good a network is: the mean of balanced accuracy and macro-AUC, or accuracy where no class counts."""
-    if scores.balanced_accuracy is None or scores.macro_auc is None:
-        return scores.accuracy
-    return (scores.balanced_accuracy + scores.macro_auc) / 2
 
 
 class Best:
@@ -40,7 +33,7 @@ class Best:
     def __init__(self, patience: int = 0) -> None:
         self._patience, self._best, self._worse = patience, -math.inf, 0
 
-    def look(self, scores: Scores) -> Verdict:
+    def look(self, scores: AnyScores) -> Verdict:
         if (now := value(scores)) > self._best:
             self._best, self._worse = now, 0
             return Verdict.KEEP

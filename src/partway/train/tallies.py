@@ -5,15 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from partway.data.records import deviation_of, mean_of, moments, squares
+from partway.data.records import Target, deviation_of, mean_of, moments, squares
 from partway.plan.plan import Part, Turn
-from partway.train import metrics
-from partway.train.metrics import Scores
+from partway.train import scoring
+from partway.train.scoring import AnyScores
 from partway.train.source import RecordSource
-
-FIGURES = 5
-"""Numbers in a report of scores: records, accuracy, balanced accuracy, macro-AUC, classes counted."""
-_NONE = -1.0
 
 
 class Moments:
@@ -79,41 +75,29 @@ def class_weights(counts: Tensor) -> Tensor:
 
 
 class Evaluation:
-    """Confusion counts and histograms of scores. A site's own scores are exact, and stay here unless reported."""
+    """Counts that scores are made of. A party's own scores are exact, and stay here unless reported."""
 
-    def __init__(self, classes: int) -> None:
-        self._classes = classes
-        self.size = metrics.size_of_counts(classes)
-        self.own: dict[Part, Scores] = {}
-        """This site's exact scores, of the last evaluation of each part."""
-        self.all: list[tuple[Part, int, Scores]] = []
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.size = scoring.size_of_counts(target)
+        self.own: dict[Part, AnyScores] = {}
+        """This party's exact scores, of the last evaluation of each part."""
+        self.all: list[tuple[Part, int, AnyScores]] = []
         """(part, epoch, scores over all sites) of each evaluation."""
 
     def count(self, turn: Turn, inputs: Tensor, labels: Tensor | None) -> Tensor:
         if labels is None:
             raise ValueError("an evaluation needs labels")
-        self.own[turn.records] = metrics.scores(inputs, labels)
-        return metrics.counts(inputs, labels)
+        self.own[turn.records] = scoring.scores(self.target, inputs, labels)
+        return scoring.counts(self.target, inputs, labels)
 
     def settle(self, turn: Turn, total: Tensor) -> None:
-        self.all.append((turn.records, turn.epoch, metrics.from_counts(total, self._classes)))
+        self.all.append((turn.records, turn.epoch, scoring.from_counts(self.target, total)))
 
     def report_all(self) -> Tensor:
         """The last scores over all sites, shape (1, FIGURES), float64."""
-        return _figures(self.all[-1][2])
+        return scoring.figures(self.all[-1][2])
 
     def report_own(self) -> Tensor:
         """This site's own scores on its test records, shape (1, FIGURES), float64."""
-        return _figures(self.own["test"])
-
-
-def _figures(scores: Scores) -> Tensor:
-    means = [_NONE if value is None else value for value in (scores.balanced_accuracy, scores.macro_auc)]
-    return torch.tensor([[scores.records, scores.accuracy, *means, scores.classes]], dtype=torch.float64)
-
-
-def read_figures(row: Tensor) -> Scores:
-    """The scores that a report tells, from shape (FIGURES,)."""
-    records, accuracy, balanced, auc, classes = row.tolist()
-    balanced, auc = (None if value == _NONE else value for value in (balanced, auc))
-    return Scores(int(records), accuracy, balanced, auc, int(classes))
+        return scoring.figures(self.own["test"])

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from partway.cost import Cost
 from partway.errors import JobFailed, PeerError
@@ -26,11 +26,10 @@ from partway.shapes import Shapes
 from partway.train.baselines import OptimizerOf
 from partway.train.scale import LossScale
 from partway.train.stopping import Verdict
+from partway.train.targets import Loss, cross_entropy
 
 STATE = "optimizer."
 """Before the names of what an optimiser keeps, in a letter with weights."""
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""A sum over records, of outputs (n, ...) and labels (n,)."""
 
 
 class Sums(Protocol):
@@ -50,6 +49,9 @@ class Source(Protocol):
 
     def take(self, turn: Turn, offset: int, rows: int) -> tuple[Tensor, Tensor]:
         """Features and labels of this site's rows of a turn."""
+
+    def answers(self, turn: Turn, offset: int, rows: int, target: str) -> Tensor:
+        """The labels of one of several targets, of the same rows."""
 
     def share(self, secret: bytes) -> None:
         """Other parties hold columns of the same records: all take them in one order, drawn from this secret."""
@@ -99,6 +101,7 @@ class Worker:
         better: whether one tally's newest scores are better than another's here.
         reports: figures that a tally tells, shape (1, n), float64.
         account: the head of this party's ledger, 32 bytes.
+        losses: of segments that have one of their own.
         draws: seeds what a segment draws in a forward, from turn, micro-batch and copy.
         half: every forward runs under `torch.autocast` to this type; weights, updates and sums do not.
     """
@@ -118,6 +121,7 @@ class Worker:
         reports: Mapping[str, Callable[[], Tensor]] | None = None,
         account: Callable[[], bytes] | None = None,
         draws: Callable[[int, int, Copy], int] | None = None,
+        losses: Mapping[str, Loss] | None = None,
         half: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -137,8 +141,9 @@ class Worker:
         self.stays: bool | None = None
         """What a choice has come to here: whether what it was about has stayed."""
         self._device, self._half = torch.device(device), half
-        self.loss: Loss = lambda x, y: nn.functional.cross_entropy(x, y, reduction="sum")
+        self.loss: Loss = cross_entropy
         """The turn's divisor makes it a mean."""
+        self._own_losses = dict(losses or {})
         self._optimizers: dict[tuple[Optimizing, Copy, tuple[str, ...]], torch.optim.Optimizer] = {}
         self._scales: dict[tuple[Optimizing, str], LossScale] = {}
         """Of each optimiser and, where lanes train apart, each lane."""
@@ -156,6 +161,9 @@ class Worker:
         self.at, self._turn, self._net = at, turn, net
         self._what = {name: what for what, name in turn.sums}
         edges = (*self.plan.edges(turn.flow), *self.plan.edges(turn.beside))
+        self._fields = {(e.source, e.target): e.field for e in edges if e.kind == "labels" and e.field}
+        """Which of several targets' labels an edge brings."""
+        self._answers: dict[tuple[Copy, int, str], Tensor] = {}
         self._aims = {(e.source, e.target): e.weight for e in edges if e.kind == "features"}
         """Where a copy must give features back, and what its loss counts."""
         self._owing = {(e.source, e.target) for e in edges if e.gradient and turn.train}
@@ -217,7 +225,10 @@ class Worker:
         """The tensors of a letter that a finished task has made."""
         kind, source, target, m = post
         if kind in (LetterKind.ACTIVATIONS, LetterKind.LABELS, LetterKind.SCORES):
-            tensors = {"x": self._part(self._out[source, m][kind], source, target, m).detach()}
+            made = self._out[source, m][kind]
+            if kind is LetterKind.LABELS and (name := self._fields.get((source.segment, target.segment))):
+                made = self._answers[source, m, name]
+            tensors = {"x": self._part(made, source, target, m).detach()}
             if kind is LetterKind.ACTIVATIONS and self.plan[target.segment].kind == "store":
                 tensors["made_by"] = self._digest(source)  # so that no store mixes what two bottoms have made
             if (source, m) in self._proofs and kind is not LetterKind.SCORES:
@@ -335,6 +346,9 @@ class Worker:
             self._proofs[copy, m] = _bytes(source.proof(self._turn, offset, count))
             if (here := source.present(self._turn, offset, count)) is not None:
                 self._lacks[copy, m] = here
+        for name in {name for (source_of, _), name in self._fields.items() if source_of == copy.segment}:
+            assert self.source is not None
+            self._answers[copy, m, name] = self.source.answers(self._turn.of(m), offset, count, name)
         return {LetterKind.ACTIVATIONS: rows, LetterKind.LABELS: labels}
 
     def _decodes(self, copy: Copy) -> bool:
@@ -362,7 +376,8 @@ class Worker:
                 missed = (output - features[0].flatten(1)).square().mean(1).sum()
                 self._loss_of[copy, m] = features[1] * missed / divisor
             elif labels is not None:
-                self._loss_of[copy, m] = self.loss(output, labels) / divisor
+                loss = self._own_losses.get(copy.segment, self.loss)
+                self._loss_of[copy, m] = loss(output, labels) / divisor
 
     def _backward(self, copy: Copy, m: int, takes: Sequence[Post]) -> None:
         if takes:

@@ -1,0 +1,205 @@
+"""Every target against a plain loop: over sites that pool it, over columns, and several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from federations import SIZES, bits, job_of
+from partway.blueprint import configured
+from partway.config import Job, read_job
+from partway.data.records import Records, Target
+from partway.errors import ConfigError
+from partway.local import toml
+from partway.model.segment import initialise
+from partway.plan.batches import equal_parts, union_batches
+from partway.simulation import Federation, federation
+from partway.train.draws import first_weights, order_of
+from partway.train.targets import loss_of
+from partway.transport.memory import Wire
+from plain import Everything
+
+KINDS = {
+    "binary": Target(name="t", kind="binary", outputs=1),
+    "multi_label": Target(name="t", kind="multi_label", outputs=2),
+    "regression": Target(name="t", kind="regression", outputs=1),
+    "discrete time": Target(name="t", kind="survival", outputs=3, intervals=(1.0, 2.0, 3.0)),
+    "cox": Target(name="t", kind="survival", outputs=1),
+}
+
+
+def labels(target: Target, x: Tensor) -> Tensor:
+    yes = (x[:, 0] > 0).double()
+    if target.kind == "multi_label":
+        return torch.stack([yes, (x[:, 1] > 0).double()], 1)
+    if target.kind == "survival":
+        return torch.stack([x[:, 1].exp(), yes], 1)
+    return x[:, 0] + x[:, 1] if target.kind == "regression" else yes
+
+
+def records_of(target: Target, site: str, train: int) -> Records:
+    generator = torch.Generator().manual_seed(sum(map(ord, site)))
+    total = train + 32
+    x = torch.randn(total, 6, generator=generator, dtype=torch.float64)
+    index = torch.arange(total)
+    division = {"train": index[:train], "validation": index[train : train + 12], "test": index[train + 12 :]}
+    y = labels(target, x)
+    return Records(x, y, classes=target.outputs, numeric=(), division=division, targets=(target,))
+
+
+def run(kind: str, wire: Wire | None = None, **training: Any) -> Federation:
+    target, two = KINDS[kind], training.get("configuration") == "u_shaped"
+    network = {
+        "build": "partway.model.zoo:mlp",
+        "arguments": {"inputs": 6, "hidden": [8, 5], "classes": target.outputs},
+        "cut": ["hidden.1", "hidden.3"] if two else ["hidden.1"],
+    }
+    job = job_of({"network": network, "evaluation": {"every": 1}}, **{"epochs": 6, "keep": "last", **training})
+    whole = federation(job, {site: records_of(target, site, n) for site, n in SIZES.items()})
+    whole.run(wire)
+    return whole
+
+
+def pooled(whole: Federation, target: Target, loss: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """One network on the union batches; how far it is from what the parties have come to."""
+    all_, training = Everything(whole), whole.job.training
+    names = [n for n in ("bottom", "trunk", "head") if n in whole.parties["a"].network.modules]
+    nets = {n: all_.first(n, "server" if n == "trunk" else "a") for n in names}
+    network = nn.Sequential(*nets.values())
+    optimizer = torch.optim.Adam(network.parameters(), training.optimizer.lr)
+    for epoch in range(training.epochs):
+        rows = {site: all_.rows(site, "train", epoch) for site in SIZES}
+        for batch in union_batches(SIZES, training.batch, whole.job.job.seed, epoch):
+            parts = [
+                tuple(part[batch.offsets[s] : batch.offsets[s] + batch.rows[s]] for part in rows[s])
+                for s in SIZES
+                if batch.rows[s]
+            ]
+            x, y = (torch.cat(each) for each in zip(*parts, strict=True))
+            optimizer.zero_grad()
+            (loss(network(x), y) / len(y)).backward()
+            optimizer.step()
+    flat = {n: nn.utils.parameters_to_vector(net.parameters()).detach() for n, net in nets.items()}
+    segments = {c: s for a in whole.parties.values() for c, s in a.party.worker.segments.items()}
+    return max(float((s.weights() - flat[c.segment]).abs().max()) for c, s in segments.items() if c.segment in flat)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("configuration", ["vanilla", "u_shaped"])
+def test_equals_the_pooled_loop(kind: str, configuration: str) -> None:
+    target = KINDS[kind]
+    if kind == "cox" and configuration == "u_shaped":
+        with pytest.raises(ConfigError, match="give the target `intervals`, for discrete time"):
+            run(kind, configuration=configuration)
+        return
+    whole = run(kind, configuration=configuration)
+    loss = loss_of(target)
+    assert pooled(whole, target, loss) < 1e-10
+    assert pooled(whole, target, lambda x, y: 1.5 * loss(x.square(), y)) > 1e-4
+    assert run(kind, Wire(3), configuration=configuration).digest == whole.digest
+    assert bits(run(kind, Wire(3), configuration=configuration)) == bits(whole)
+    assert whole.parties["a"].evaluations["scores"].all[-1][0] == "test"
+
+
+def test_cox_needs_all_records_of_a_step_at_once() -> None:
+    with pytest.raises(ConfigError, match="needs a step's records in one place and at once"):
+        run("cox", micro_batch=4)
+
+
+TASKS = {
+    "sort": ("a", Target(name="sort", outputs=3)),
+    "stay": ("c", Target(name="stay", kind="regression", outputs=1)),
+    "life": ("server", Target(name="life", kind="survival", outputs=3, intervals=(1.0, 2.0, 3.0))),
+}
+N, TRAIN = 80, 60
+WIDTH = {"a": 3, "b": 2}
+
+
+def multi_task() -> Job:
+    def net(inputs: int, outputs: int) -> dict[str, Any]:
+        arguments = {"inputs": inputs, "hidden": [5], "classes": outputs}
+        return {"build": "partway.model.zoo:mlp", "arguments": arguments}
+
+    words: dict[str, dict[str, Any]] = {
+        "job": {"name": "tasks", "seed": 1},
+        "records": {"schema": "dataset"},
+        "training": {"configuration": "multi_task", "epochs": 4, "batch": 16, "dtype": "float64", "keep": "last"},
+        **{f"networks.bottom_{p}": net(width, 4) for p, width in WIDTH.items()},
+        "networks.joined": net(8, 6),
+        **{f"networks.trunk_{name}": net(6, target.outputs) for name, (_, target) in TASKS.items()},
+        **{f"holds.{p}": {"columns": [f"{p}{n}" for n in range(width)]} for p, width in WIDTH.items()},
+    }
+    for name, (party, _) in TASKS.items():
+        words.setdefault(f"holds.{party}", {}).setdefault("targets", []).append(name)
+    return read_job(toml(words))
+
+
+def tasks_of() -> dict[str, Records]:
+    generator = torch.Generator().manual_seed(5)
+    x = {p: torch.randn(N, width, generator=generator, dtype=torch.float64) for p, width in WIDTH.items()}
+    joined = torch.cat(list(x.values()), 1)
+    index = torch.arange(N)
+    division = {"train": index[:TRAIN], "validation": index[TRAIN:70], "test": index[70:]}
+    found = {}
+    for party in ("a", "b", "c", "server"):
+        mine = tuple(target for at, target in TASKS.values() if at == party)
+        y = {t.name: joined[:, 0].clamp(-1, 1).round() + 1 if t.kind == "classes" else labels(t, joined) for t in mine}
+        found[party] = Records(
+            x.get(party, torch.zeros(N, 0)),
+            next(iter(y.values()), torch.zeros(N)),
+            classes=mine[0].outputs if mine else 0,
+            numeric=(),
+            division=division,
+            targets=mine,
+            more=y,
+        )
+    return found
+
+
+def tasks_loop(whole: Federation, left_out: str = "") -> float:
+    job, plan = whole.job, configured(whole.job)
+    nets = {n: m.double() for n, m in whole.parties["a"].network.modules.items()}
+    for name, module in nets.items():
+        initialise(module, first_weights(whole.secrets[plan.place(plan.copies(name)[0])], whole.digest, name))
+    records = {p: a.party.worker.source.records for p, a in whole.parties.items() if a.party.worker.source}
+    source = whole.parties["a"].party.worker.source
+    optimizers = [torch.optim.Adam(net.parameters(), job.training.optimizer.lr) for net in nets.values()]
+    for epoch in range(job.training.epochs):
+        order = order_of(TRAIN, source._secret, source._job, epoch)
+        for begin, end in equal_parts(TRAIN, job.training.batch):
+            rows = order[begin:end]
+            z = nets["joined"](torch.cat([nets[f"bottom_{p}"](records[p].features[rows]) for p in WIDTH], 1))
+            losses = [
+                loss_of(target)(nets[f"trunk_{name}"](z), records[party].targets[name][rows]) / len(rows)
+                for name, (party, target) in TASKS.items()
+                if name != left_out
+            ]
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            sum(losses).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    flat = {n: nn.utils.parameters_to_vector(net.parameters()).detach() for n, net in nets.items()}
+    segments = {c.segment: s for a in whole.parties.values() for c, s in a.party.worker.segments.items()}
+    assert segments.keys() == flat.keys()
+    return max(
+        float((s.weights() - flat[n]).abs().max()) for n, s in segments.items() if left_out not in n or not left_out
+    )
+
+
+def test_several_tasks_equal_their_summed_losses() -> None:
+    whole = federation(multi_task(), tasks_of())
+    whole.run()
+    assert tasks_loop(whole) < 1e-10
+    for name in TASKS:
+        assert tasks_loop(whole, left_out=name) > 1e-5
+    for seed in range(3):
+        again = federation(multi_task(), tasks_of())
+        again.run(Wire(seed))
+        assert bits(again) == bits(whole)
+    scored = {e.target.name for a in whole.parties.values() for e in a.evaluations.values() if e.all}
+    assert scored == set(TASKS)
