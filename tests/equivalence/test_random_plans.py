@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from federations import SIZES, bits, records_of
+from federations import SIZES, records_of
 from partway.config import Job, read_job
 from partway.data.records import Records
 from partway.local import toml
@@ -19,7 +19,7 @@ from partway.plan.plan import EACH, Plan
 from partway.simulation import Federation, federation
 from partway.train.draws import first_weights, order_of
 from partway.transport.memory import Wire
-from plain import Everything
+from plain import Everything, weights_at
 
 WIDTH, N, TRAIN = 6, 60, 40
 
@@ -141,4 +141,6 @@ def test_equals_the_graph_in_one_place_in_any_order_of_delivery(seed: int, laned
     assert in_one_place(whole, other_order=True) > 1e-5
     again = built(job, laned)
     again.run(Wire(seed))
-    assert bits(again) == bits(whole)
+    found, expected = weights_at(again), weights_at(whole)
+    for copy in expected:  # without an evaluation no trunk has visited a site
+        assert copy.segment.endswith("_here") or torch.equal(found[copy], expected[copy])
