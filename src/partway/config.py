@@ -207,6 +207,9 @@ class Relay(Settings, frozen=True, kw_only=True):
     """Batches of a site before the next one's turn; 0 for an epoch over its records."""
     order: Literal["descending", "random"] = "descending"
     """Of the sites: by training records, or drawn anew each epoch from the job's seed."""
+    hand_over: Literal["at_once", "kept"] = "at_once"
+    """Weights and optimiser's state go on when they are made, or the server keeps them, sealed from it, until the next
+    site's turn."""
 
 
 class Averaged(Settings, frozen=True, kw_only=True):

@@ -147,7 +147,7 @@ def _judge_width(policy: Policy, me: str, shapes: Shapes, edges: Sequence[Edge])
 
 def _judge_gives(policy: Policy, me: str, plan: Plan, turns: Sequence[Turn]) -> Iterator[Objection]:
     """What is handed on for good. What goes from site to site, `hand_overs` judges."""
-    given = {a.segment: plan.place(b) for t in turns for a, b in t.gives if plan.place(a) == me != plan.place(b)}
+    given = {a.segment: plan.reader(b) for t in turns for a, b in t.gives if plan.reader(a) == me != plan.reader(b)}
     for segment, receiver in sorted(given.items()):
         if me in plan.sites and receiver not in plan.sites and not policy.bottom_to_everyone:
             words = f"{receiver} would hold the {segment}; [policy] bottom_to_everyone is false"
@@ -176,7 +176,7 @@ def hand_overs(plan: Plan, turns: Sequence[Turn], training: Mapping[str, int]) -
             for copy in plan.copies(name):
                 behind[copy] = 0 if name in mixed else behind[copy] + rows.get(copy.lane, 0)
         for source, target in turn.gives:
-            site, receiver = plan.place(source), plan.place(target)
+            site, receiver = plan.reader(source), plan.reader(target)
             if behind[source] and site != receiver and {site, receiver} <= {*plan.sites}:
                 yield site, receiver, min(behind[source], training[site])
             behind[target] = 0

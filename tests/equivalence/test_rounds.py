@@ -190,6 +190,7 @@ MORE: dict[str, dict[str, Any]] = {
     "averaged": {"averaged": {"every": 2}},
     "relay": {"relay": {"turn_batches": 2, "order": "random"}},
 }
+KEPT = {"relay": {"turn_batches": 2, "order": "random", "hand_over": "kept"}}
 schedules = pytest.mark.parametrize("schedule", LOOPS)
 
 
@@ -208,6 +209,12 @@ def test_equals_its_plain_loop(schedule: str, optimizer: str, configuration: str
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_equals_its_plain_loop_with_other_settings(schedule: str, optimizer: str) -> None:
     check(schedule, optimizer, "vanilla", MORE[schedule])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("configuration", ["vanilla", "u_shaped"])
+def test_what_the_server_keeps_for_the_next_site_trains_the_same(configuration: str, optimizer: str) -> None:
+    check("relay", optimizer, configuration, KEPT)
 
 
 def check(schedule: str, optimizer: str, configuration: str, settings: dict[str, Any]) -> None:
@@ -265,7 +272,9 @@ def test_splitfed_v1_is_federated_averaging_bit_for_bit(dtype: str, optimizer: s
 @schedules
 def test_the_bits_do_not_depend_on_delivery(schedule: str) -> None:
     every = {"evaluation": {"every": 1, "trunk_travels": True}}
-    same_bits_in_any_order(job(schedule, every, epochs=2), SIZES, job(schedule, every, epochs=2, batch=11))
+    for more in ({}, KEPT) if schedule == "relay" else ({},):
+        other = job(schedule, every, epochs=2, batch=11, **more)
+        same_bits_in_any_order(job(schedule, every, epochs=2, **more), SIZES, other)
 
 
 @schedules
