@@ -88,7 +88,9 @@ def test_a_key_of_the_local_optimizer_leaves_the_others_at_their_defaults() -> N
 
 
 def test_jobs_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="labels stay at the sites with schedule = `synchronous`"):
+    with pytest.raises(
+        ConfigError, match="nearest that do: configuration = `vanilla`, or schedule = `synchronous` in u_"
+    ):
         half(configuration="u_shaped")
     with pytest.raises(ConfigError, match="patience needs keep = `best`"):
         job_of(patience=3, keep="last")

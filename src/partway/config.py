@@ -34,6 +34,7 @@ from msgspec import Meta, field
 
 from partway.errors import ConfigError, UsageError
 from partway.plan.plan import EACH
+from partway.plan.schedules import LEGAL, WHY
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Positive = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -660,11 +661,11 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
     """
     job = _read(text, Job, where)
     _check_parts(job, where, "schedule" in _words(text, where).get("training", {}))
-    if job.training.schedule == "half_trained" and job.configuration != "vanilla":
-        raise ConfigError(
-            f"{where}: half_trained needs `vanilla`, with one cut, for the server trains by the labels; "
-            "labels stay at the sites with schedule = `synchronous` and two cuts, a U-shape"
-        )
+    schedule, legal = job.training.schedule, LEGAL[job.training.schedule]
+    if job.laned and job.configuration not in legal:
+        near = f"configuration = `{legal[0]}`, or schedule = `synchronous` in {job.configuration}"
+        words = f"{schedule} and {job.configuration} do not go together, for {WHY[schedule]}"
+        raise ConfigError(f"{where}: {words}; the nearest that do: {near}")
     half = job.training.half_trained
     if half.bottoms == "concatenated" and half.synchronous_epochs:
         raise ConfigError(

@@ -183,3 +183,14 @@ SCHEDULES = {
     "splitfed_v3": splitfed_v3,
 }
 """What `[training] schedule` may say."""
+LEGAL: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(SCHEDULES, ("vanilla", "u_shaped")),
+    "synchronous": ("vanilla", "u_shaped", "plan"),
+    "half_trained": ("vanilla",),
+}
+"""In which configurations with lanes each schedule can be. In those without, every party has a part in every step."""
+WHY = {
+    "half_trained": "the server trains by the labels, which stay at the sites",
+    **dict.fromkeys((n for n in SCHEDULES if n != "half_trained"), "it knows only a bottom, a trunk and a head"),
+}
+"""Why not in the others."""
