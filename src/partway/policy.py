@@ -99,7 +99,7 @@ def judge_groups(
         epochs = 1 + max(t.epoch for t in steps)
         words = f"in some step only {fewest} records of the other sites hide each one's; {least} are needed"
         yield Objection(Reason.RECORDS, f"{words}: {_advice(training, epochs, least, seed)}")
-    if any("weights" in dict(t.sums) for t in turns) and others(training) < policy.least_records_in_sum:
+    if any(_meet(plan, turn) for turn in turns) and others(training) < policy.least_records_in_sum:
         words = f"averaged weights of only {others(training)} records of the other sites hide each one's"
         yield Objection(Reason.RECORDS, f"{words}; [policy] least_records_in_sum is {policy.least_records_in_sum}")
     for site, receiver, records in hand_overs(plan, turns, training):
@@ -180,6 +180,11 @@ def hand_overs(plan: Plan, turns: Sequence[Turn], training: Mapping[str, int]) -
             if behind[source] and site != receiver and {site, receiver} <= {*plan.sites}:
                 yield site, receiver, min(behind[source], training[site])
             behind[target] = 0
+
+
+def _meet(plan: Plan, turn: Turn) -> bool:
+    """Whether sites' weights are averaged, and not only the copies that the hub has itself."""
+    return any(what == "weights" and plan[name].at != plan.hub for what, name in turn.sums)
 
 
 def _rows_of(turn: Turn) -> Rows:

@@ -141,7 +141,7 @@ class Shapes:
         return self.plan.hub not in (sender, receiver)
 
     def reader(self, post: Post, sender: str, receiver: str) -> str:
-        """For whom the sender seals a letter that the hub only forwards or keeps; nobody if it is between it and one."""
+        """For whom the sender seals a letter that the hub forwards or keeps; "" for one that is the hub's own."""
         if post.kind is LetterKind.STATE and self.plan[post.target.segment].kind == "locker":
             return self.plan.reader(post.target)
         return receiver if self.sealed(sender, receiver) else ""

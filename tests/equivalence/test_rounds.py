@@ -17,7 +17,7 @@ from partway.model.segment import Segment
 from partway.plan.batches import local_batches, shuffled, union_batches
 from partway.plan.plan import Copy
 from partway.protocol.messages import LetterKind
-from partway.simulation import Federation, permissive
+from partway.simulation import Federation, permissive, together
 from plain import OPTIMIZERS, Everything, same_bits_in_any_order, weights_at
 
 SITES = tuple(SIZES)
@@ -226,11 +226,13 @@ def check(schedule: str, optimizer: str, configuration: str, settings: dict[str,
 
 
 @schedules
-def test_equals_its_plain_loop_with_dropout(schedule: str) -> None:
+def test_equals_its_plain_loop_with_dropout(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = {"build": "dropout_network:dropout", "arguments": {}, "cut": ["one"]}
     whole = small(job(schedule, {"network": network}, optimizer=OPTIMIZERS["adam"]))
     whole.run()
     assert LOOPS[schedule](whole).far() < 1e-10
+    monkeypatch.setattr(Everything, "seed", lambda self, party, at, copy: torch.manual_seed(at))
+    assert LOOPS[schedule](whole).far() > 1e-4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -322,7 +324,29 @@ def test_a_policy_asks_for_records_behind_a_hand_over() -> None:
         small(job("relay"), policies={"b": strict}).run()
 
 
+def test_where_only_the_server_s_trunks_are_averaged_no_site_hides_behind_others() -> None:
+    """In `splitfed_v3` nothing of a bottom is summed, so the records behind such sums are not asked for."""
+    strict = msgspec.structs.replace(permissive("partway.model.zoo:mlp"), least_records_in_sum=50)
+    small(job("splitfed_v3"), policies={"b": strict}).run()
+    with pytest.raises(Refused, match="averaged weights of only 49 records of the other sites"):
+        small(job("splitfed_v1"), policies={"b": strict}).run()
+
+
+def test_each_site_has_a_network_of_its_own_in_splitfed_v3() -> None:
+    terms = {"evaluation": {"every": 1, "trunk_travels": True}, "result": {"trunk": "everyone"}}
+    whole = small(job("splitfed_v3", terms))
+    whole.run()
+    weights = together(whole, 0.0).weights
+    assert {name.split(".")[1] for name in weights if name.startswith("sites.")} == {*SITES}
+    first = [weights[f"sites.{site}.hidden.0.weight"] for site in SITES]
+    assert not any(torch.equal(first[0], other) for other in first[1:])
+    trunk = [weights[f"sites.{site}.output.weight"] for site in SITES]
+    assert all(torch.equal(trunk[0], other) for other in trunk[1:])
+
+
 def test_jobs_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="no meaning in splitfed_v3: each site has its own"):
+        job("splitfed_v3", {"result": {"bottom": "everyone"}})
     with pytest.raises(ConfigError, match="has no key `turns`"):
         job("relay", relay={"turns": 2})
     with pytest.raises(ConfigError):

@@ -22,13 +22,13 @@ from partway.plan.phases import (
 )
 from partway.plan.plan import EACH, Copy, Judge, Plan, Segment, Sizes, Sum, Turn
 
+Epoch = Callable[[int], Iterator[Turn]]
+"""The turns of one epoch, in order; steps and epochs are counted by who walks them."""
+
+
 def locker(name: str) -> str:
     """Where the hub keeps what one site has sealed of a segment for another, a place for each reader."""
     return f"{name}_locker"
-
-
-Epoch = Callable[[int], Iterator[Turn]]
-"""The turns of one epoch, in order; steps and epochs are counted by who walks them."""
 
 
 def averaged(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
