@@ -18,6 +18,7 @@ from partway.plan.batches import local_batches, shuffled, union_batches
 from partway.plan.plan import Copy
 from partway.protocol.messages import LetterKind
 from partway.simulation import Federation, permissive, together
+from partway.train.worker import Worker
 from plain import OPTIMIZERS, Everything, same_bits_in_any_order, weights_at
 
 SITES = tuple(SIZES)
@@ -269,6 +270,42 @@ def test_splitfed_v1_is_federated_averaging_bit_for_bit(dtype: str, optimizer: s
     whole = small(job("splitfed_v1", optimizer=OPTIMIZERS[optimizer], dtype=dtype))
     whole.run()
     assert not torch.equal(weights_at(whole)[Copy("bottom", "a")], weights[Copy("bottom", "a")])  # blind sums round
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("hand_over", ["at_once", "kept"])
+def test_relay_is_one_network_bit_for_bit(
+    dtype: str, optimizer: str, hand_over: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is summed in it. Both halves' weights are flat here, too."""
+    terms = job("relay", relay={"hand_over": hand_over}, optimizer=OPTIMIZERS[optimizer], dtype=dtype)
+    whole = small(terms)
+    whole.run()
+    sites, kind = Sites(whole), getattr(torch, dtype)
+    bottom, trunk = halves = [Segment(m, kind) for m in (sites.home["a"]["bottom"], sites.trunks["a"])]
+    made = [optimizer_of(terms.training.optimizer)([half.flat]) for half in halves]
+    for epoch in range(terms.training.epochs):
+        rows = sites.rows(epoch)
+        for site in sorted(SITES, key=lambda site: -SIZES[site]):
+            for batch in local_batches({site: SIZES[site]}, terms.training.batch):
+                x, y = of(rows, batch, site)
+                for half in halves:
+                    half.clear()
+                outputs = trunk.forward(bottom.forward(x, train=True), train=True)
+                (nn.functional.cross_entropy(outputs, y, reduction="sum") / len(y)).backward()
+                for each in made:
+                    each.step()
+    weights = weights_at(whole)
+    assert torch.equal(weights[Copy("trunk")], trunk.weights())
+    assert all(torch.equal(weights[Copy("bottom", site)], bottom.weights()) for site in SITES)
+    monkeypatch.setattr(Worker, "_state_of", lambda self, copy: {n: 0 * t for n, t in state_of(self, copy).items()})
+    forgetful = small(terms)
+    forgetful.run()
+    assert not torch.equal(weights_at(forgetful)[Copy("bottom", "a")], bottom.weights())
+
+
+state_of = Worker._state_of
 
 
 @schedules
