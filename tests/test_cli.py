@@ -322,6 +322,38 @@ def test_a_preview_of_half_precision_and_clipping(type_: Type) -> None:
     assert "the square of a gradient's norm to server, in the clear for the receiver: 1 x 8 bytes" in out
 
 
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        ({"schedule": "private"}, "activations (bottom -> trunk) to server, in the clear for the receiver: 4 x 32"),
+        (
+            {"schedule": "private", "private": {"personal": "embedding"}},
+            "activations (bottom -> stem) to server, in the clear for the receiver: 4 x 32",
+        ),
+        (
+            {"schedule": "half_trained", "half_trained": {"bottoms": "largest"}},
+            "state of bottom to another-site, sealed, so that the server forwards and cannot read it: 1 x",
+        ),
+        (
+            {"schedule": "half_trained", "half_trained": {"bottoms": "concatenated"}},
+            "activations (bottom:another-site -> shelf) to server, in the clear for the receiver: 2 x",
+        ),
+        (
+            {"semi_supervised": {"alpha": 0.1}},
+            "activations (bottom -> trunk) to server, in the clear for the receiver: 1 x 32",
+        ),
+    ],
+)
+def test_a_preview_of_each_schedule(type_: Type, training: dict[str, object], told: str) -> None:
+    type_("data records")
+    Path("job.toml").write_text(toml(JOB | {"training": {"epochs": 1, "batch": 4096, **training}}))
+    Path("site.toml").write_text(toml(SITE | {"site": SITE["site"] | {"name": "a"}}))
+    code, out, err = type_("site preview site.toml job.toml")
+    assert (code, err) == (0, "")
+    assert told in out
+    assert "decoder" not in out
+
+
 def test_a_preview_counts_releases_in_jobs_before(type_: Type) -> None:
     type_("data records")
     half = {"schedule": "half_trained", "epochs": 1, "half_trained": {"rounds": 1, "local_epochs": 1}}

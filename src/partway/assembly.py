@@ -250,7 +250,9 @@ def forecast_of(job: Job, schema: Schema | Schemas, sizes: Sizes, server: str = 
     Args:
         sizes: records of each party in each part; where each site has its own, the roster is made from them.
     """
-    job = job if not job.laned else msgspec.structs.replace(job, roster=dict.fromkeys(sizes, ""))
+    if job.laned:
+        job = msgspec.structs.replace(job, roster=dict.fromkeys(sizes, ""))
+        schema = schema if isinstance(schema, Schema) else next(iter(schema.values()))  # of a roster that was not yet
     network = network_of(job, Policy(networks=list(job.builds), most_parameters=2**31 - 1), schema, server)
     plan, schedule = plan_of(job, server)
     shapes = shapes_of(job, plan, network, schema)

@@ -314,6 +314,8 @@ def toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
     def value(v: Any) -> str:
         if isinstance(v, Mapping):
             return "{ " + ", ".join(f"{key} = {value(inner)}" for key, inner in v.items()) + " }"
+        if isinstance(v, list | tuple):
+            return "[" + ", ".join(map(value, v)) + "]"
         return json.dumps(v)
 
     return "\n".join(

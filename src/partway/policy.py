@@ -102,7 +102,10 @@ def judge_groups(
     if any(_meet(plan, turn) for turn in turns) and others(training) < policy.least_records_in_sum:
         words = f"averaged weights of only {others(training)} records of the other sites hide each one's"
         yield Objection(Reason.RECORDS, f"{words}; [policy] least_records_in_sum is {policy.least_records_in_sum}")
+    fewest_of: dict[str, tuple[int, str]] = {}
     for site, receiver, records in hand_overs(plan, turns, training):
+        fewest_of[site] = min(fewest_of.get(site, (records, receiver)), (records, receiver))
+    for site, (records, receiver) in fewest_of.items():
         if records < policy.least_records_in_hand_over:
             words = f"{site} would hand {receiver} weights that only {records} of its records stand behind"
             due = f"[policy] least_records_in_hand_over is {policy.least_records_in_hand_over}"

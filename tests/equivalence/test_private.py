@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from federations import SITES, SIZES, job_of, records_of
-from partway.config import Job
-from partway.data.records import Records
+from partway.assembly import result_of
+from partway.config import Job, read_job
+from partway.data import thyroid
+from partway.data.records import Records, Target
 from partway.errors import ConfigError
+from partway.finished import load
 from partway.plan.plan import Copy, Turn
 from partway.protocol.messages import LetterKind
 from partway.report import Result
@@ -245,3 +249,69 @@ def test_the_bits_do_not_depend_on_delivery(configuration: str) -> None:
 def test_jobs_that_cannot_be(terms: dict[str, Any], sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         private(terms, sections)
+
+
+THYROID = """
+[job]
+name = "thyroid"
+[network]
+build = "partway.model.zoo:mlp"
+arguments = {{ inputs = 29, hidden = [16, 8, 8], classes = 7 }}
+cut = ["hidden.1"]
+[training]
+schedule = "private"
+epochs = 2
+private = {{ shared_epochs = 1, personal = "{personal}" }}
+[result]
+trunk = "everyone"
+"""
+
+
+@pytest.mark.parametrize("personal", ["bottom", "embedding"])
+def test_what_it_leaves_at_a_site_predicts(personal: str, tmp_path: Path) -> None:
+    records = thyroid.bundled(seed=0)
+    whole = federation(read_job(THYROID.format(personal=personal)), records)
+    whole.run()
+    result = result_of(whole.parties["svi"], 0)
+    assert result.whole
+    result.write(tmp_path)
+    own = records["svi"]
+    tested = own.division["test"]
+    finished = load(tmp_path)
+    with torch.no_grad():
+        found = finished(own.features[tested].float())
+    scored = metrics.scores(found, own.labels[tested])
+    assert scored.accuracy == pytest.approx(result.sites["svi"]["accuracy"], abs=0.005)
+    assert set(result.chosen) == {"svi"}
+    assert result_of(whole.parties["server"], 0).chosen == {}
+
+
+TARGETS = {
+    "binary": Target(name="t", kind="binary", outputs=1),
+    "regression": Target(name="t", kind="regression", outputs=1),
+    "survival": Target(name="t", kind="survival", outputs=3, intervals=(1.0, 2.0, 3.0)),
+}
+
+
+def with_target(site: str, target: Target) -> Records:
+    """At `b` what is learnt is the opposite of what it is at the others; at `e` so in training, not in validation."""
+    records = of_their_own(site)
+    x = records.features
+    sign = torch.full((len(x),), -1.0 if site in "be" else 1.0, dtype=torch.float64)
+    if site == "e":
+        sign[records.division["validation"]] = 1.0
+    level = sign * (x[:, 0] + x[:, 1])
+    yes = (level > 0).double()
+    y = {"binary": yes, "regression": level, "survival": torch.stack([(-level).exp(), torch.ones(len(x))], 1)}
+    return Records(x, y[target.kind], classes=target.outputs, numeric=(), division=records.division, targets=(target,))
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_the_gate_looks_at_any_target_s_own_scores(kind: str) -> None:
+    arguments = {"inputs": 6, "hidden": [8, 5], "classes": TARGETS[kind].outputs}
+    training = {"epochs": 20, "optimizer": {"name": "adam", "lr": 0.02}, "batch": 32}
+    job = private({"shared_epochs": 8}, {"network": {"arguments": arguments}}, **training)
+    whole = federation(job, {site: with_target(site, TARGETS[kind]) for site in SITES})
+    whole.run()
+    assert whole.parties["b"].party.worker.stays is True
+    assert whole.parties["e"].party.worker.stays is False

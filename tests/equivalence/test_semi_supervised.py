@@ -16,6 +16,7 @@ from partway.assembly import forecast_of
 from partway.config import Job, read_job, read_schema
 from partway.data import table
 from partway.data.records import Records, divide
+from partway.data.survey import survey
 from partway.errors import ConfigError, DataError
 from partway.local import toml
 from partway.plan.batches import equal_parts
@@ -74,7 +75,7 @@ class Loop:
         self.networks = dict.fromkeys(SITES, one)
         self.decoders = {site: everything.first("decoder", site) for site in SITES}
 
-    def shared(self) -> dict[Copy, nn.Module]:
+    def shared(self, clip: float = 0.0) -> dict[Copy, nn.Module]:
         """Every step updates what is shared, and the decoders of those with rows."""
         one = self.networks["a"]
         main, own = made(self.whole, *one.values()), {s: made(self.whole, d) for s, d in self.decoders.items()}
@@ -84,30 +85,60 @@ class Loop:
             for optimizer in (main, *own.values()):
                 optimizer.zero_grad()
             loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(
+                    [p for m in (*one.values(), *self.decoders.values()) for p in m.parameters()], clip
+                )
             main.step()
             for site in live:
                 own[site].step()
         return self.copies()
 
-    def private(self) -> dict[Copy, nn.Module]:
-        """What is at a site steps by itself, where the site has labelled rows."""
+    def relay(self) -> dict[Copy, nn.Module]:
+        """One network, on one site's rows after the other's; each has its decoder."""
+        one = self.networks["a"]
+        main, own = made(self.whole, *one.values()), {s: made(self.whole, d) for s, d in self.decoders.items()}
+        for at, turn, _, _ in self.steps():
+            where = self.own_places(turn)
+            for optimizer in (main, *own.values()):
+                optimizer.zero_grad()
+            self.loss(at, turn, where)[0].backward()
+            main.step()
+            (site,) = where
+            own[site].step()
+        return self.copies()
+
+    def own_places(self, turn: Turn) -> dict[str, tuple[int, int]]:
+        """Of each site with labelled rows in a turn: which it is of how many such turns of the epoch."""
+        where = {}
+        for site in SITES:
+            steps = [t for _, t in self.everything.steps() if t.epoch == turn.epoch and t.rows[0].get(site)]
+            if turn in steps:
+                where[site] = (steps.index(turn), len(steps))
+        return where
+
+    def average(self) -> None:
+        """The sites' bottoms (and heads), by labelled training records."""
+        for name in set(self.names) - {"trunk"}:
+            averaged_(*(self.networks[site][name] for site in SITES))
+
+    def private(self, average: bool = False) -> dict[Copy, nn.Module]:
+        """What is at a site steps by itself, where the site has labelled rows; and is averaged after each epoch."""
         for site in SITES:
             own = {n: deepcopy(m) for n, m in self.networks[site].items() if n != "trunk"}
             self.networks[site] = {**self.networks[site], **own}
         mine = {s: [*(self.networks[s][n] for n in self.names if n != "trunk"), self.decoders[s]] for s in SITES}
         main, own = made(self.whole, self.networks["a"]["trunk"]), {s: made(self.whole, *m) for s, m in mine.items()}
-        for at, turn, _, _ in self.steps():
-            where = {}
-            for site in SITES:
-                steps = [t for _, t, _, _ in self.steps() if t.epoch == turn.epoch and t.rows[0][site]]
-                if turn in steps:
-                    where[site] = (steps.index(turn), len(steps))
+        for at, turn, part, parts in self.steps():
+            where = self.own_places(turn)
             for optimizer in (main, *own.values()):
                 optimizer.zero_grad()
             self.loss(at, turn, where)[0].backward()
             main.step()
             for site in where:
                 own[site].step()
+            if average and part + 1 == parts:
+                self.average()
         return self.copies()
 
     def steps(self) -> list[tuple[int, Turn, int, int]]:
@@ -120,7 +151,7 @@ class Loop:
 
     def loss(self, at: int, turn: Turn, where: dict[str, tuple[int, int]]) -> tuple[Tensor, set[str]]:
         """Of the labels and of the decoders, by the union batch's labelled records; and who has rows."""
-        labelled = [site for site in SITES if turn.rows[0][site]]
+        labelled = [site for site in SITES if turn.rows[0].get(site)]
         batch = {site: self.everything.part(site, turn) for site in labelled}
         records, live = sum(len(y) for _, y in batch.values()), {*labelled}
         loss, rows = torch.zeros((), dtype=torch.float64), []
@@ -146,6 +177,15 @@ class Loop:
         found = {Copy(n, s): self.networks[s][n] for s in SITES for n in self.names if n != "trunk"}
         found |= {Copy("decoder", site): decoder for site, decoder in self.decoders.items()}
         return {**found, Copy("trunk"): self.networks["a"]["trunk"]}
+
+
+def averaged_(*modules: nn.Module) -> None:
+    """In place, one a site, by labelled training records."""
+    with torch.no_grad():
+        for parts in zip(*(module.parameters() for module in modules), strict=True):
+            total = sum(SIZES[site] / sum(SIZES.values()) * p for site, p in zip(SITES, parts, strict=True))
+            for p in parts:
+                p.copy_(total)
 
 
 def but_decoders(copies: dict[Copy, nn.Module]) -> dict[Copy, nn.Module]:
@@ -177,9 +217,78 @@ def test_private_equals_the_same_loss_with_a_bottom_a_site(configuration: str, o
     assert far(whole, but_decoders(Loop(whole, unlabelled=False).private())) > 1e-4
 
 
+@optimizers
+@pytest.mark.parametrize("schedule", ["relay", "averaged", "splitfed_v2"])
+def test_relay_averaged_and_splitfed_v2_equal_their_loops_with_decoders(schedule: str, optimizer: str) -> None:
+    whole = ran(semi(schedule=schedule, optimizer=OPTIMIZERS[optimizer], epochs=3))
+
+    def loop(**changes: Any) -> dict[Copy, nn.Module]:
+        plain = Loop(whole, **changes)
+        return plain.relay() if schedule == "relay" else plain.private(average=True)
+
+    assert far(whole, loop()) < 1e-10
+    assert far(whole, but_decoders(loop(alpha=0.0))) > 1e-4
+    assert far(whole, but_decoders(loop(unlabelled=False))) > 1e-4
+
+
+@optimizers
+@pytest.mark.parametrize("version", ["splitfed_v1", "splitfed_v3"])
+def test_splitfed_with_a_trunk_a_site_equals_its_loop_with_decoders(version: str, optimizer: str) -> None:
+    whole = ran(semi(schedule=version, optimizer=OPTIMIZERS[optimizer], epochs=3))
+
+    def loop(alpha: float) -> dict[Copy, nn.Module]:
+        everything, training = Everything(whole), whole.job.training
+        bottoms, trunks, decoders = (
+            {site: everything.first(name, owner or site) for site in SITES}
+            for name, owner in (("bottom", "a"), ("trunk", "server"), ("decoder", ""))
+        )
+        own = {s: made(whole, bottoms[s], trunks[s], decoders[s]) for s in SITES}
+        for epoch in range(training.epochs):
+            for site in SITES:
+                (x, y), (u, _) = (everything.rows(site, part, epoch) for part in ("train", "unlabelled"))
+                parts = equal_parts(len(y), training.batch)
+                for number, (begin, end) in enumerate(parts):
+                    own[site].zero_grad()
+                    loss = nn.functional.cross_entropy(trunks[site](bottoms[site](x[begin:end])), y[begin:end])
+                    if alpha:
+                        for rows in (x[begin:end], share(u, number, len(parts))):
+                            loss = loss + alpha * missed(decoders[site], bottoms[site], rows) / (end - begin)
+                    loss.backward()
+                    own[site].step()
+            averaged_(*trunks.values())
+            if version == "splitfed_v1":
+                averaged_(*bottoms.values())
+        return {Copy(n, s): m[s] for n, m in (("bottom", bottoms), ("trunk", trunks)) for s in SITES}
+
+    assert far(whole, loop(ALPHA)) < 1e-10
+    assert far(whole, loop(0.0)) > 1e-4
+
+
+@optimizers
+def test_a_decoder_may_have_its_first_rows_long_after_the_bottom_s_first_step(optimizer: str) -> None:
+    none = dict.fromkeys(SITES, 0)
+    whole = ran(semi({"job": {"seed": 1}}, optimizer=OPTIMIZERS[optimizer], epochs=2), unlabelled=none)
+    first = [turn.rows[0]["c"] for _, turn in Everything(whole).steps()].index(1)
+    assert first > 0
+    assert far(whole, Loop(whole, unlabelled=False).shared()) < 1e-10
+
+
 def test_with_dropout() -> None:
     whole = ran(semi({"network": DROPOUT}, optimizer=OPTIMIZERS["adam"], epochs=3))
     assert far(whole, Loop(whole).shared()) < 1e-10
+
+
+@configurations
+def test_clipped_by_one_norm_in_which_decoders_count(configuration: str) -> None:
+    whole = ran(semi(configuration=configuration, clip_norm=0.3, optimizer=OPTIMIZERS["adam"], epochs=3))
+    assert far(whole, Loop(whole).shared(clip=0.3)) < 1e-10
+    assert far(whole, Loop(whole).shared()) > 1e-5
+
+
+def test_in_half_precision_it_runs_and_the_sites_stay_equal() -> None:
+    whole = ran(semi(precision="float16", dtype="float32", epochs=2))
+    copies = [whole.parties[s].party.worker.segments[Copy("bottom", s)].weights() for s in SITES]
+    assert all(torch.equal(copies[0], copy) for copy in copies)
 
 
 def test_in_micro_batches_it_is_the_same() -> None:
@@ -252,6 +361,8 @@ def test_half_trained_equals_local_epochs_with_a_decoder_each(optimizer: str) ->
         {"schedule": "synchronous"},
         {"schedule": "half_trained", "half_trained": HALF},
         {"schedule": "private", "private": {"shared_epochs": 1}},
+        {"schedule": "relay"},
+        {"schedule": "splitfed_v2"},
     ],
 )
 def test_unlabelled_records_and_decoders_cost_no_communication(training: dict[str, Any]) -> None:
@@ -343,6 +454,8 @@ def test_rows_of_a_file_without_a_label_count_and_are_told(tmp_path: Path) -> No
     assert sorted(records.features[records.division["unlabelled"], 0].tolist()) == [1, 3, 6]
     assert sum(records.sizes[part] for part in ("train", "validation", "test")) == 4
     assert Counts(**records.sizes).unlabelled == 3
+    told = survey(file, read_schema(SCHEMA)).text()
+    assert "all rows: 4 records count: ill 2, well 2; 3 have no label\n  1 rows do not count" in told
     without = read_schema(SCHEMA.replace('unlabelled = ["", "not yet"]', ""))
     with pytest.raises(DataError, match="an empty field is no label of the schema"):
         table.records_of(file, without, "reference", seed=0)

@@ -24,6 +24,8 @@ class Survey:
     rows: int
     sites: dict[str, dict[str, int]] = field(default_factory=dict)
     """By site, records that count in each class."""
+    unlabelled: dict[str, int] = field(default_factory=dict)
+    """By site, those without a label, where the schema knows such."""
     inputs: dict[str, int] = field(default_factory=dict)
     """By scale, how many numbers a record gives to the network."""
     faults: list[str] = field(default_factory=list)
@@ -38,8 +40,10 @@ class Survey:
         lines = [f"{self.file} fits the schema {self.schema}: {self.rows:,} rows"]
         for site, classes in self.sites.items():
             told = ", ".join(f"{name} {count:,}" for name, count in classes.items())
-            lines.append(f"  {site}: {sum(classes.values()):,} records count: {told}")
-        if rest := self.rows - sum(sum(classes.values()) for classes in self.sites.values()):
+            more = f"; {self.unlabelled[site]:,} have no label" if site in self.unlabelled else ""
+            lines.append(f"  {site}: {sum(classes.values()):,} records count: {told}{more}")
+        counted = sum(sum(classes.values()) for classes in self.sites.values()) + sum(self.unlabelled.values())
+        if rest := self.rows - counted:
             lines.append(f"  {rest:,} rows do not count: left out by label or range, or of other sites")
         lines += [f'  inputs = {count} with scale = "{scale}"' for scale, count in self.inputs.items()]
         return "\n".join([*lines, f"  classes = {len(next(iter(self.sites.values())))}"])
@@ -64,7 +68,9 @@ def survey(table: Table, columns: Columns, site: str | None = None) -> Survey:
         found.faults += [f"{name}: {f.words}" if name else f.words for f in checked.faults]
         if not checked.faults and not common.faults:
             labels = checked.records("statistics", 0).labels
-            counts = torch.bincount(labels, minlength=len(columns.classes)).tolist()
+            counts = torch.bincount(labels[labels >= 0], minlength=len(columns.classes)).tolist()
+            if columns.schema.unlabelled:
+                found.unlabelled[name or FILE] = int((labels < 0).sum())
             found.sites[name or FILE] = dict(zip(columns.classes, counts, strict=True))
     found.inputs = {scale: layout(columns, scale).shape[0] for scale in get_args(Scale)}
     return found

@@ -511,7 +511,9 @@ class Worker:
         flats = [flat for c in mine if (flat := self.segments[c].flat) is not None]
         if flats and coefficient >= 0:
             if key not in self._optimizers:
-                self._optimizers[key] = self._makers[self._turn.optimizer](flats)
+                self._optimizers[key] = made = self._makers[self._turn.optimizer](flats[:1])
+                for flat in flats[1:]:  # a group each: fused SGD does not take some with momentum and some without
+                    made.add_param_group({"params": [flat]})
             for copy in mine:
                 flat = self.segments[copy].flat
                 if flat is not None and copy in self._handed:
