@@ -19,7 +19,7 @@ from partway.plan.plan import Copy
 from partway.protocol.messages import LetterKind
 from partway.simulation import Federation, permissive, together
 from partway.train.worker import Worker
-from plain import OPTIMIZERS, Everything, same_bits_in_any_order, weights_at
+from plain import OPTIMIZERS, Everything, built, same_bits_in_any_order, weights_at
 
 SITES = tuple(SIZES)
 TOTAL = sum(SIZES.values())
@@ -359,6 +359,21 @@ def test_a_policy_asks_for_records_behind_a_hand_over() -> None:
     strict = msgspec.structs.replace(permissive("partway.model.zoo:mlp"), least_records_in_hand_over=5)
     with pytest.raises(Refused, match=r"c would hand .* weights that only 1 of its records stand behind"):
         small(job("relay"), policies={"b": strict}).run()
+
+
+def test_what_one_step_has_learnt_is_handed_on_only_with_enough_records_behind_it() -> None:
+    """Weights before and after a step differ by a gradient, or nearly: six inputs of records are solved for by 14."""
+    terms = {"least_records_in_hand_over": 5, "solvable_sums": False}
+    strict = msgspec.structs.replace(permissive("partway.model.zoo:mlp"), **terms)
+    many = {"a": 40, "b": 40, "d": 20}
+    one, two, solved = (
+        built(job("relay", batch=10, relay={"turn_batches": turns}), many, policies={"b": policy})
+        for turns, policy in ((1, strict), (2, strict), (1, permissive("partway.model.zoo:mlp")))
+    )
+    with pytest.raises(Refused, match=r"a would hand b weights that only 10 .*; 14 are needed behind one step: use"):
+        one.run()
+    two.run()
+    solved.run()
 
 
 def test_where_only_the_server_s_trunks_are_averaged_no_site_hides_behind_others() -> None:
