@@ -41,7 +41,7 @@ from partway.train.scoring import FIGURES, AnyScores, read_figures, size_of_coun
 from partway.train.source import RecordSource, Shelf
 from partway.train.stopping import Best
 from partway.train.tallies import Classes, Evaluation, Moments, Squares
-from partway.train.targets import Loss, loss_of, whole_batch
+from partway.train.targets import loss_of, whole_batch
 from partway.train.worker import Tally, Worker
 from partway.wire.tensors import NAMES
 
@@ -215,7 +215,7 @@ def shapes_of(job: Job, plan: Plan, network: Parts, schema: Schema | Schemas) ->
     dtype, blind, schemas = DTYPES[job.training.dtype], job.training.sums == "blind", by_party(plan, schema)
     first, targets = schemas[plan.holders[0]], {loss: target_of(plan, schemas, loss) for loss in plan.losses}
     target = targets[plan.losses[0]]
-    classes = target.outputs
+    classes = target.classes
     counted = {
         "sums": 2 * first.numeric,
         "squares": first.numeric,
@@ -337,7 +337,7 @@ def assemble(
     counted = {"scores": target} if plan.sites else {f"scores_{loss}": t for loss, t in targets.items()}
     evaluations = {name: Evaluation(t) for name, t in counted.items()}
     own = {name: Evaluation(target) for name in (OWN, SHARED)}
-    source, evaluation, classes = None, next(iter(evaluations.values())), Classes(target.outputs)
+    source, evaluation, classes = None, next(iter(evaluations.values())), Classes(target.classes)
     if place.records is not None:
         source = RecordSource(place.records, secret, digest, dtype, device)
         if not plan.sites and len(place.records.numeric):  # all patients of these columns are here
@@ -362,7 +362,7 @@ def assemble(
     )
     worker.loss = loss_of(target)
     if job.training.class_weights != "none":
-        worker.loss = _weighted(classes, worker)
+        worker.loss = loss_of(target, lambda: _weights(classes, worker))
 
     def judge(turns: Sequence[Turn], sizes: Sizes) -> None:
         groups = judge_groups(policy, plan, turns, sizes, network.inputs, job.job.seed)
@@ -385,15 +385,11 @@ def assemble(
     return Assembled(party=party, job=job, plan=plan, network=network, ledger=ledger, evaluations=evaluations)
 
 
-def _weighted(classes: Classes, worker: Worker) -> Loss:
-    """The loss with class weights: as this party has counted them, or as a site has told."""
-
-    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
-        if classes.weights is None:
-            classes.weights = next(row for turn, _, row in worker.board if turn.flow == "report_classes")
-        return nn.functional.cross_entropy(outputs, labels, weight=classes.weights.to(outputs), reduction="sum")
-
-    return loss
+def _weights(classes: Classes, worker: Worker) -> Tensor:
+    """Of classes: as this party has counted them, or as a site has told."""
+    if classes.weights is None:
+        classes.weights = next(row for turn, _, row in worker.board if turn.flow == "report_classes")
+    return classes.weights
 
 
 def _better(one: Evaluation, other: Evaluation) -> bool:

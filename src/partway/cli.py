@@ -473,6 +473,7 @@ def check(
     schema: Annotated[str, typer.Argument(help="schema.toml, or thyroid, heart or support.")],
     file: Annotated[Path, typer.Argument(help="A CSV or Parquet file of records.")],
     site: Annotated[str | None, typer.Option(help="Only this site's rows.")] = None,
+    target: Annotated[str, typer.Option(help="Of the schema, what is learnt; else its label.")] = "",
     json: Json = False,
 ) -> None:
     """Hold a file of records against a schema: everything that does not fit, or what it gives to a network."""
@@ -482,7 +483,7 @@ def check(
     from partway.data.survey import survey
     from partway.data.table import load
 
-    found = survey(load(file), columns, site)
+    found = survey(load(file), columns, site, columns.known(target, "--target"))
     _show(found.words(), json, found.text())
     if found.faults:
         raise typer.Exit(2)

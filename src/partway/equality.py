@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from partway.assembly import Parts, network_of, optimizer_of, plan_of
 from partway.blueprint import DTYPES
 from partway.config import Job, Policy
-from partway.data.records import Records, statistics_of
+from partway.data.records import Records, Target, statistics_of
 from partway.errors import UsageError
 from partway.model.segment import initialise
 from partway.plan.batches import equal_parts, union_batches
 from partway.plan.phases import LOCAL_HEAD, at_sites
 from partway.plan.plan import Part
-from partway.train import metrics
+from partway.train import scoring
 from partway.train.draws import first_weights, order_of
 from partway.train.source import RecordSource
 from partway.train.stopping import Best, Verdict
 from partway.train.tallies import class_weights
+from partway.train.targets import Loss, loss_of
 
 Rows = tuple[Tensor, Tensor]
 """Features or activations (n, ...), and labels (n,)."""
@@ -88,9 +89,11 @@ class _Plain:
         sources = {site: RecordSource(records[site], b"", b"", dtype) for site in job.sites}
         standardise_together(list(sources.values()))
         self.weights: Tensor | None = None
+        self.target, self.loss = schema.target(), loss_of(schema.target())
         if job.training.class_weights == "sqrt":
             labels = torch.cat([own.labels[own.division["train"]] for own in records.values()])
-            self.weights = class_weights(torch.bincount(labels, minlength=schema.classes)).to(dtype)
+            weights = class_weights(torch.bincount(labels.long(), minlength=self.target.classes)).to(dtype)
+            self.weights, self.loss = weights, loss_of(self.target, lambda: weights)
         self.features = {site: source.features for site, source in sources.items()}
 
     def rows(self, site: str, part: Part, epoch: int) -> Rows:
@@ -115,9 +118,10 @@ class _Plain:
     def together(self, start: int, epochs: int) -> None:
         """One network, one optimiser, union batches."""
         whole, training = self.network.whole, self.job.training
-        optimizer, looks = optimizer_of(training.optimizer)(list(whole.parameters())), Looks(self.job, whole)
+        optimizer = optimizer_of(training.optimizer)(list(whole.parameters()))
+        looks = Looks(self.job, whole, self.target)
         for epoch in range(start, start + epochs):
-            self.losses += [step(whole, optimizer, batch, self.weights) for batch in self.union_batches(epoch)]
+            self.losses += [step(whole, optimizer, batch, self.loss) for batch in self.union_batches(epoch)]
             if self.job.evaluation.trunk_travels and looks.stop(epoch - start, whole, self.all_rows("validation", 0)):
                 break
         looks.restore()
@@ -133,7 +137,7 @@ class _Plain:
                 made = optimizer_of(half.optimizer)(list(network.parameters()))
                 for e in range(epoch, epoch + half.local_epochs):
                     for batch in cut_up(self.rows(site, "train", e), half.batch):
-                        step(network, made, batch, self.weights)
+                        step(network, made, batch, self.loss)
             sizes = {site: self.records[site].sizes["train"] for site in mine}
             averaged = {name: 0 * weight for name, weight in own.state_dict().items()}
             for site, network in mine.items():
@@ -150,12 +154,12 @@ class _Plain:
         with torch.no_grad():
             released = {p: self.all_rows(p, start) for p in ("train", "validation")}
             held = {p: (self.network.modules["bottom"](x), y) for p, (x, y) in released.items()}
-        made, looks = optimizer_of(training.optimizer)(list(trunk.parameters())), Looks(self.job, trunk)
+        made, looks = optimizer_of(training.optimizer)(list(trunk.parameters())), Looks(self.job, trunk, self.target)
         x, y = held["train"]
         for epoch in range(start, start + training.epochs):
             order = order_of(len(y), self.secrets[self.server], self.digest, epoch)
             self.losses += [
-                step(trunk, made, batch, self.weights) for batch in cut_up((x[order], y[order]), training.batch)
+                step(trunk, made, batch, self.loss) for batch in cut_up((x[order], y[order]), training.batch)
             ]
             if looks.stop(epoch - start, trunk, held["validation"]):
                 break
@@ -166,9 +170,10 @@ class _Plain:
 class Looks:
     """Evaluations on validation rows, as a job has them."""
 
-    def __init__(self, job: Job, network: nn.Module) -> None:
+    def __init__(self, job: Job, network: nn.Module, target: Target) -> None:
         self._every, self._keeps = job.evaluation.every, job.training.keep == "best"
         self._rule, self._network = Best(job.training.patience), network
+        self._target = target
         self._best: dict[str, Tensor] | None = None
 
     def stop(self, epoch: int, network: nn.Module, rows: Rows) -> bool:
@@ -178,8 +183,8 @@ class Looks:
             return False
         network.eval()
         with torch.no_grad():
-            outputs = network(x)
-        verdict = self._rule.look(metrics.from_counts(metrics.counts(outputs, y), outputs.shape[1]))
+            counts = scoring.counts(self._target, network(x), y)
+        verdict = self._rule.look(scoring.from_counts(self._target, counts))
         if verdict is Verdict.KEEP:
             self._best = copy.deepcopy(network.state_dict())
         return verdict is Verdict.STOP
@@ -189,11 +194,11 @@ class Looks:
             self._network.load_state_dict(self._best)
 
 
-def step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Rows, weights: Tensor | None = None) -> float:
-    """The loss over a batch, each record's by the weight of its class, divided by the records; backward, update."""
+def step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Rows, summed: Loss) -> float:
+    """The loss over a batch, a sum over its records, divided by them; backward, update."""
     network.train()
     optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(network(batch[0]), batch[1], weight=weights, reduction="sum") / len(batch[1])
+    loss = summed(network(batch[0]), batch[1]) / len(batch[1])
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return float(loss.detach())

@@ -17,18 +17,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from partway.assembly import network_of, schema_of
-from partway.config import Job, Policy
+from partway.config import ClassesTarget, Job, MultiLabelTarget, Policy, RegressionTarget, SurvivalTarget
+from partway.data.labels import learnt
 from partway.data.schema import columns_of, features_of
 from partway.data.table import Checked, Table
 from partway.errors import DataError, UsageError
 from partway.report import write_whole
+from partway.train.scoring import survival
 
 ZOO = ("partway.model.zoo:mlp", "partway.model.zoo:cnn")
 """Networks that are built without asking, for they are Partway's own."""
 
 
 class Finished(nn.Module):
-    """A trained network with the scaling of its inputs: from a record's features as read to a probability a class.
+    """A trained network with the scaling of its inputs: from a record's features as read to what is told of it.
 
     Args:
         numeric: which features are scaled.
@@ -40,7 +42,9 @@ class Finished(nn.Module):
 
     def __init__(self, job: Job, network: nn.Module, numeric: Sequence[int], mean: Tensor, deviation: Tensor) -> None:
         super().__init__()
-        self.job, self.network = job, network
+        self.job, self.network, self.target = job, network, schema_of(job).target()
+        self.names = names_of(job)
+        """Of the numbers that come out."""
         mean_F, deviation_F = torch.zeros(2, *schema_of(job).shape)
         deviation_F += 1
         mean_F[list(numeric)], deviation_F[list(numeric)] = mean, deviation
@@ -48,10 +52,38 @@ class Finished(nn.Module):
         self.register_buffer("deviation", deviation_F)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features, shape (records, features), NaN where a value was not measured, to shape (records, classes)."""
+        """Features, shape (records, features), NaN where a value was not measured, to shape (records, outputs).
+
+        Probabilities of classes and of answers; a number in its own unit; of survival the chance to live until the end
+        of each interval, or a risk: how many times that of a record for which the network puts out 0.
+        """
         scaled = (features - self.mean) / self.deviation
-        probabilities: Tensor = self.network(torch.where(torch.isnan(scaled), 0.0, scaled)).softmax(1)
-        return probabilities
+        outputs: Tensor = self.network(torch.where(torch.isnan(scaled), 0.0, scaled))
+        if self.target.kind == "classes":
+            return outputs.softmax(1)
+        if self.target.kind in ("binary", "multi_label"):
+            return outputs.sigmoid()
+        if self.target.kind == "survival":
+            return survival(outputs) if self.target.intervals else outputs.exp()
+        settings = columns_of(self.job).targets[self.target.name]
+        assert isinstance(settings, RegressionTarget)
+        return learnt(settings, outputs)
+
+
+def names_of(job: Job) -> tuple[str, ...]:
+    """What each number that comes out of a job's network is called."""
+    columns, target = columns_of(job), schema_of(job).target()
+    settings = columns.targets.get(target.name)
+    if settings is None:
+        return tuple(columns.classes)
+    if isinstance(settings, ClassesTarget):
+        return tuple(settings.classes)
+    if isinstance(settings, MultiLabelTarget):
+        return settings.columns
+    unit = f" {settings.unit}" if isinstance(settings, RegressionTarget | SurvivalTarget) and settings.unit else ""
+    if isinstance(settings, SurvivalTarget):
+        return tuple(f"after {end:g}{unit}" for end in settings.intervals) or ("risk",)
+    return (f"{target.name}{f' in{unit}' if unit else ''}",)
 
 
 def load(path: Path, allowed: Sequence[str] = ZOO) -> Finished:
@@ -95,7 +127,9 @@ def load(path: Path, allowed: Sequence[str] = ZOO) -> Finished:
 
 
 def predict(finished: Finished, table: Table, site: str | None = None, units: Mapping[str, str] | None = None) -> str:
-    """A probability of each class for every record of a file, as CSV; no label is read.
+    """What the network says of every record of a file, as CSV; no label is read.
+
+    Of classes the likeliest comes first, then the probability of each.
 
     Args:
         site: only this one's rows, by the schema's site column.
@@ -112,19 +146,20 @@ def predict(finished: Finished, table: Table, site: str | None = None, units: Ma
         raise DataError(f"{table.path}: {'; '.join(fault.words for fault in checked.faults)}")
     features = torch.stack([f.values for f in checked.features(finished.job.records.scale)], 1)
     with torch.no_grad():
-        probabilities = finished(features.float())
-    names, text = list(columns.classes), io.StringIO()
+        told = finished(features.float())
+    names, text, classes = finished.names, io.StringIO(), finished.target.kind == "classes"
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([table.row, "predicted", *names])
-    for row, found in zip(checked.rows, probabilities, strict=True):
-        writer.writerow([row, names[int(found.argmax())], *(f"{p:.6f}" for p in found.tolist())])
+    writer.writerow([table.row, *(["predicted"] if classes else []), *names])
+    for row, found in zip(checked.rows, told, strict=True):
+        likeliest = [names[int(found.argmax())]] if classes else []
+        writer.writerow([row, *likeliest, *(f"{number:.6f}" for number in found.tolist())])
     return text.getvalue()
 
 
 def export(finished: Finished, path: Path) -> None:
-    """Writes the network with its scaling as ONNX: input `features`, output `probabilities`.
+    """Writes the network with its scaling as ONNX: input `features`; output `probabilities`, or `predicted`.
 
-    The names of features and classes, in order, stand in the model's metadata.
+    The names of features and of what comes out, in order, stand in the model's metadata.
 
     Raises:
         UsageError: the packages that write ONNX are not installed.
@@ -140,11 +175,11 @@ def export(finished: Finished, path: Path) -> None:
             finished,
             (torch.zeros(2, len(names)),),
             input_names=["features"],
-            output_names=["probabilities"],
+            output_names=["predicted" if finished.target.kind in ("regression", "survival") else "probabilities"],
             dynamic_shapes={"features": {0: torch.export.Dim("records")}},
             dynamo=True,
             verbose=False,
         )
     assert program is not None
-    program.model.metadata_props.update(features=json.dumps(names), classes=json.dumps(list(columns.classes)))
+    program.model.metadata_props.update(features=json.dumps(names), classes=json.dumps(finished.names))
     write_whole(path, program.model_proto.SerializeToString())

@@ -6,17 +6,19 @@ is pooled training (promise 1), so its rate is the pooled one's; what its search
 
 from __future__ import annotations
 
+import copy
 import math
 import multiprocessing
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import torch
+from torch import Tensor, nn
 
 from partway.assembly import forecast_of, network_of
 from partway.config import Evaluation, Job, Optimizer, Policy, ResultTerms, Training
@@ -295,7 +297,28 @@ def _task(base: Job, records: Mapping[str, Records], seed: int) -> Task:
     job = job_of(base, "split", 1.0, seed)
     allowed = Policy(networks=list(job.builds), most_parameters=2**31 - 1)
     schema = next(iter(records.values())).schema
-    return Task(build=lambda: network_of(job, allowed, schema).modules.values(), records=records, seed=seed)
+    binary = schema.target().kind == "binary"
+
+    def build() -> list[nn.Module]:
+        *first, last = network_of(job, allowed, schema).modules.values()
+        return [*first, nn.Sequential(last, _TwoClasses())] if binary else [*first, last]
+
+    given = {site: _of_two_classes(own) for site, own in records.items()} if binary else records
+    return Task(build=build, records=given, seed=seed)
+
+
+class _TwoClasses(nn.Module):
+    """The plain loops know classes: the log-odds of yes as logits of no and yes, by which the loss is the same."""
+
+    def forward(self, odds: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(odds), odds], 1)
+
+
+def _of_two_classes(records: Records) -> Records:
+    """The same records, with no and yes as classes."""
+    found = copy.copy(records)
+    found.labels, found.schema = records.labels.long(), replace(records.schema, classes=2, targets=())
+    return found
 
 
 def _tune(base: Job, records: Mapping[str, Records], name: str) -> Tuned:

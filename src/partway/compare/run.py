@@ -37,8 +37,13 @@ def compare(job: Job, records_of: RecordsOf, folder: Path, seeds: int, as_json: 
     """
     if not job.laned or job.network is None:
         raise ConfigError("what is compared is one network, cut once or twice, over sites with patients of their own")
+    divided = records_of(0)
+    target = next(iter(divided.values())).schema.target()
+    if target.kind not in ("classes", "binary"):
+        kind = target.kind.replace("_", "-")
+        raise ConfigError(f"classes and binary targets are compared, and {target.name} is {kind}: use partway simulate")
     began = time.monotonic()
-    console, home, found = begin("a comparison", job, records_of(0), folder, seeds, as_json)
+    console, home, found = begin("a comparison", job, divided, folder, seeds, as_json)
     methods = [m for m in OURS if m != "u_shaped" or len(job.cuts) > 1]
     with workers() as pool, console.status("") as line:
         learn_rates(found, tune(pool, job, records_of(TUNED_ON)), line.update)

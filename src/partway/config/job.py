@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, field
 
-from partway.config.schema import ClassesTarget, Columns, Scale, bundled_schema, read_schema
+from partway.config.schema import BinaryTarget, ClassesTarget, Columns, Scale, bundled_schema, read_schema
 from partway.config.words import Count, Fingerprint, Name, Positive, Rate, Settings, contents, read, words_of
 from partway.errors import ConfigError
 from partway.plan.plan import EACH
@@ -396,15 +395,10 @@ def _with_columns(job: Job, columns: Columns, where: str) -> Job:
         raise ConfigError(
             f"{where}: [schema] unlabelled is for configurations in which sites have patients of their own"
         )
-    known = (columns.schema.label, *columns.targets)
-    named = [job.records.target, *(target for held in job.holds.values() for target in held.targets)]
-    for target in named:
-        if target and target not in known:
-            near = difflib.get_close_matches(target, known, n=1)
-            advice = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(known)}"
-            raise ConfigError(f"{where}: the schema {columns.schema.name} has no target `{target}`; {advice}")
+    for target in [job.records.target, *(target for held in job.holds.values() for target in held.targets)]:
+        columns.known(target, where)
     learnt = columns.targets.get(job.records.target)
-    if job.training.class_weights != "none" and not isinstance(learnt, ClassesTarget | None):
+    if job.training.class_weights != "none" and not isinstance(learnt, ClassesTarget | BinaryTarget | None):
         raise ConfigError(f"{where}: class_weights are for classes, and {job.records.target} has none")
     return msgspec.structs.replace(job, columns=columns)
 
@@ -428,6 +422,8 @@ def _check_parts(job: Job, where: str, scheduled: bool) -> None:
         raise ConfigError(f"{where}: in {name} every party has a part in every step, so there is no schedule to choose")
     if training.semi_supervised.alpha:
         raise ConfigError(f"{where}: semi_supervised is for configurations in which sites have patients of their own")
+    if job.records.target:
+        raise ConfigError(f"{where}: in {name} [holds.PARTY] targets says what is learnt, and not [records] target")
     if training.class_weights != "none":
         raise ConfigError(f"{where}: class_weights are for configurations in which sites have patients of their own")
     if name != "plan" and not any(held.targets for held in job.holds.values()):

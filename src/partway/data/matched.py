@@ -74,7 +74,9 @@ def records_of(
     own = _ids(file, whole.schema.id, checked.rows)
     if checked.faults:
         told = "; ".join(fault.words for fault in checked.faults)
-        raise DataError(f"{file.path}: {told}", [(fault.column, fault.kind) for fault in checked.faults])
+        numbers = [whole.numbered.index(part.numbered[fault.column]) for fault in checked.faults]  # as all know them
+        kinds = [fault.kind for fault in checked.faults]
+        raise DataError(f"{file.path}: {told}", list(zip(numbers, kinds, strict=True)))
     agreed = {name: name for name in sorted(own)} if ids is None else ids
     here = [own.get(name, -1) if name else -1 for name in agreed.values()]
     at, present = torch.tensor(here).clamp(min=0), torch.tensor([row >= 0 for row in here])

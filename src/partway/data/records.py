@@ -49,6 +49,11 @@ class Target:
     def dtype(self) -> torch.dtype:
         return torch.int64 if self.kind == "classes" else torch.float64
 
+    @property
+    def classes(self) -> int:
+        """How many are counted: those of the label, or no and yes."""
+        return 2 if self.kind == "binary" else self.outputs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:

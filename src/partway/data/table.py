@@ -193,8 +193,8 @@ class Checked:
                 told = f"no column {missing[0]}" if self.faults else _no_column(missing[0], self._table, columns)
                 self._fault(name, "MISSING_COLUMN", told)
         for name, unit in units.items():
-            due = getattr(columns.columns.get(name), "unit", "")
-            if name in columns.columns and unit != due:
+            due = columns.units.get(name, "")
+            if name in columns.units and unit != due:
                 self._fault(name, "UNIT", f"column {name}: its unit here is {unit}; the schema says {due or 'none'}")
             elif name not in there:
                 raise DataError(f"{self._table.path}: [data] units: {_no_column(name, self._table, columns)}")

@@ -121,7 +121,12 @@ def risk_of(target: Target, outputs: Tensor) -> Tensor:
     """More is sooner, shape (n,): a Cox network's output, or less the expected number of intervals survived."""
     if not target.intervals:
         return outputs[:, 0].double()
-    return -torch.sigmoid(-outputs.double()).cumprod(1).sum(1)
+    return -survival(outputs.double()).sum(1)
+
+
+def survival(outputs: Tensor) -> Tensor:
+    """The chance to live until the end of each interval, from the logits of its hazard: both (n, intervals)."""
+    return torch.nn.functional.logsigmoid(-outputs).cumsum(1).exp()
 
 
 def figures(scores: AnyScores) -> Tensor:

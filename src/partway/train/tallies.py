@@ -52,7 +52,7 @@ class Classes:
     def count(self, turn: Turn, inputs: Tensor, labels: Tensor | None) -> Tensor:
         if labels is None:
             raise ValueError("classes are counted by labels")
-        return torch.bincount(labels, minlength=self.size).double()
+        return torch.bincount(labels.long(), minlength=self.size).double()
 
     def settle(self, turn: Turn, total: Tensor) -> None:
         self.weights = class_weights(total)

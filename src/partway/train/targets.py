@@ -16,8 +16,15 @@ from partway.data.records import Target
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def loss_of(target: Target) -> Loss:
-    """What a target is learnt by."""
+def loss_of(target: Target, weights: Callable[[], Tensor] | None = None) -> Loss:
+    """What a target is learnt by.
+
+    Args:
+        weights: what the loss of a record of each class counts, or of no and of yes; asked for at each step.
+    """
+    if weights is not None:
+        kinds = {"classes": cross_entropy, "binary": binary}
+        return lambda x, y: kinds[target.kind](x, y, weights().to(x))
     if target.kind == "binary":
         return binary
     if target.kind == "multi_label":
@@ -34,14 +41,15 @@ def whole_batch(target: Target) -> bool:
     return target.kind == "survival" and not target.intervals
 
 
-def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Of logits (n, classes) and classes (n,)."""
-    return nn.functional.cross_entropy(outputs, labels, reduction="sum")
+    return nn.functional.cross_entropy(outputs, labels, weight=weights, reduction="sum")
 
 
-def binary(outputs: Tensor, labels: Tensor) -> Tensor:
+def binary(outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Of log-odds (n, 1) and answers (n,), 0 or 1."""
-    return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], labels.to(outputs), reduction="sum")
+    each = None if weights is None else weights[labels.long()]
+    return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], labels.to(outputs), each, reduction="sum")
 
 
 def multi_label(outputs: Tensor, labels: Tensor) -> Tensor:
