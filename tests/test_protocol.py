@@ -24,6 +24,7 @@ from partway.plan.configurations import (
 from partway.plan.options import Options, with_options
 from partway.plan.phases import Schedule, Settings
 from partway.plan.plan import Copy, Edge, Plan, Segment, Sizes, Turn
+from partway.plan.rounds import averaged, relay, splitfed_v1, splitfed_v2, splitfed_v3
 from partway.plan.schedules import every_party, half_trained, synchronous
 from partway.protocol.messages import (
     Bye,
@@ -85,6 +86,14 @@ CASES = {
     "judged": lambda: synchronous(vanilla(SITES), replace(EVERYTHING, keep_best=True)),
     "half_trained": lambda: half_trained(vanilla(SITES), HALF),
     "relay": relay_of_labels,
+    "averaged": lambda: averaged(u_shaped(SITES), replace(LOOKS, batch=7, average_every=2)),
+    "handed on": lambda: relay(u_shaped(SITES), replace(LOOKS, turn_batches=2, relay_order="random")),
+    "kept": lambda: relay(u_shaped(SITES), replace(LOOKS, turn_batches=2, relay_kept=True)),
+    "splitfed_v1": lambda: splitfed_v1(vanilla(SITES), LOOKS),
+    "splitfed_v2": lambda: splitfed_v2(vanilla(SITES), LOOKS),
+    "splitfed_v3": lambda: splitfed_v3(u_shaped(SITES), LOOKS),
+    "clipped splitfed_v1": lambda: optioned(splitfed_v1(vanilla(SITES), LOOKS), clip=1.0, micro_batch=2, scaled=True),
+    "clipped, kept": lambda: optioned(relay(u_shaped(SITES), replace(LOOKS, relay_kept=True)), clip=1.0, scaled=True),
     "vertical": lambda: every_party(vertical(SITES, "b"), LOOKS),
     "labels apart": lambda: every_party(vertical(SITES[:2], "c"), LOOKS),
     "labels at the server": lambda: every_party(vertical(SITES, "server"), LOOKS),

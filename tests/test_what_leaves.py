@@ -239,6 +239,7 @@ def test_the_server_sees_no_parameter_gradient_or_total_of_a_bottom(
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "relay": {"relay": {"turn_batches": 10}},
+    "relay kept": {"relay": {"turn_batches": 10, "hand_over": "kept"}},
     "averaged": {"averaged": {"every": 5}},
     "private": {"private": {"shared_epochs": 1}},
     "splitfed_v1": {},
@@ -270,7 +271,7 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_server_has_nothing_of_a_bottom_in_any_schedule(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = updates(monkeypatch)
-    _, wire, tap = run({**JOB, "training": {"epochs": 1, "schedule": schedule, **SCHEDULES[schedule]}})
+    _, wire, tap = run({**JOB, "training": {"epochs": 1, "schedule": schedule.split()[0], **SCHEDULES[schedule]}})
     for what, arrays in seen.items():
         rows = windows(arrays)
         assert len(rows) > 10
@@ -285,11 +286,12 @@ def test_averages_in_the_clear_would_be_found(schedule: str, monkeypatch: pytest
     assert found(windows(seen["weights"]), [*wire.heard[SERVER], *tap.plain[SERVER]]) > 0
 
 
-def test_hand_overs_that_were_not_sealed_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("schedule", ["relay", "relay kept"])
+def test_hand_overs_that_were_not_sealed_would_be_found(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Keys, "seal", lambda self, peer, plain, associated: bytes(12) + plain + bytes(16))
     monkeypatch.setattr(Keys, "open", lambda self, peer, sealed, associated: sealed[12:-16])
     seen = updates(monkeypatch)
-    _, wire, _ = run({**JOB, "training": {"epochs": 1, "schedule": "relay", **SCHEDULES["relay"]}})
+    _, wire, _ = run({**JOB, "training": {"epochs": 1, "schedule": "relay", **SCHEDULES[schedule]}})
     for what in ("weights", "state"):
         assert found(windows(seen[what]), wire.heard[SERVER]) > 0
 

@@ -99,6 +99,7 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         average_every=training.averaged.every,
         turn_batches=training.relay.turn_batches,
         relay_order=training.relay.order,
+        relay_kept=training.relay.hand_over == "kept",
         synchronous_epochs=training.half_trained.synchronous_epochs,
     )
     options = Options(

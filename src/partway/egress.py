@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from partway.wire import frames
 from partway.wire import tensors as wire_tensors
 
 Tap = Callable[[Head, Letter, Mapping[str, Tensor]], None]
-"""Sees every plaintext before it is sealed: for previews, and for the tests of what leaves."""
+"""Sees every plaintext before it is sealed, and who can read it: for previews, and for the tests of what leaves."""
 Seal = Callable[[str, bytes, bytes], bytes]
 """(peer, plain, associated data) -> sealed."""
 
@@ -71,16 +72,18 @@ class Door:
         turn, post = self._turns[letter.turn], letter.post
         if letter.turn > self._until:
             self._open(letter.turn)
+        reader = self._shapes.reader(post, self.me, head.to)
+        sealed = msgspec.structs.replace(head, to=reader or head.to)
         if self._tap is not None:
-            self._tap(head, letter, tensors)
+            self._tap(sealed, letter, tensors)
         due = self._shapes.of(turn, post, self.me, head.to)
         if tuple(wire_tensors.spec_of(name, t) for name, t in tensors.items()) != due.plain:
             raise JobFailed(f"{self.me}: {post} is not what the plan says, so it does not leave")
         for name, tensor in tensors.items():
             if not finite(tensor):
                 raise JobFailed(f"{self.me}: {post} holds NaN or infinite numbers in {name}; lower the learning rate")
-        if due.plain and self._shapes.sealed(self.me, head.to):
-            tensors = {"sealed": self._sealed(head, letter, tensors)}
+        if due.plain and reader:
+            tensors = {"sealed": self._sealed(sealed, letter, tensors)}
         frame = frames.encode(head, letter, tensors)
         if letter.turn in self._releasing and self._on_release is not None:
             self._on_release()

@@ -108,6 +108,11 @@ def load(path: Path, allowed: Sequence[str] = ZOO) -> Finished:
         scaling = {name: torch.tensor(numbers) for name, numbers in json.loads(metadata["scaling"]).items()}
     except (SafetensorError, OSError, KeyError, ValueError, msgspec.ValidationError) as error:
         raise UsageError(f"{file}: no network that a job has left ({str(error).splitlines()[0]})") from None
+    if not job.laned:
+        words = "its parties hold columns of the same patients: predicting with all of them is not there yet"
+        raise UsageError(f"{file}: {words}")
+    if schema_of(job).target().kind != "classes":
+        raise UsageError(f"{file}: it has learnt {job.records.target}, and predicting is for classes so far")
     network = network_of(job, Policy(networks=list(allowed), most_parameters=2**31 - 1), schema_of(job)).whole
     numeric = [n for n, feature in enumerate(features_of(columns_of(job), job.records.scale)) if feature.by_statistics]
     nothing = torch.empty(0)

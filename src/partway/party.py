@@ -21,7 +21,7 @@ from partway.plan.phases import Schedule
 from partway.plan.plan import Plan, Sizes, Turn
 from partway.privacy.blind_sum import BlindSum, ClearSum
 from partway.privacy.seal import Keys, Public, statement
-from partway.protocol.messages import Counts, Fail, Head, Hello, Letter, Message, Ready, Reason
+from partway.protocol.messages import Counts, Fail, Head, Hello, Letter, LetterKind, Message, Post, Ready, Reason
 from partway.protocol.session import Derive, Do, Effect, Send, Session, State, Unwrap
 from partway.protocol.step import NOT_YET
 from partway.train.worker import Worker
@@ -188,13 +188,14 @@ class Party:
 
     def _opened(self, frame: Frame, letter: Letter) -> dict[str, Tensor]:
         """A letter's tensors, unsealed and finite."""
-        sender, post, shapes = frame.head.sender, letter.post, self.worker.shapes
-        tensors = frame.tensors()
-        if tensors and shapes.sealed(sender, self.me):
+        shapes, tensors = self.worker.shapes, frame.tensors()
+        head, letter = self._as_sealed(frame.head, letter)
+        sender, post = head.sender, letter.post
+        if tensors and shapes.reader(post, sender, head.to) == self.me:
             if self._keys is None:
                 raise JobFailed(f"{self.me} has no key to open {post}")
-            plain = self._keys.open(sender, tensors["sealed"].numpy().tobytes(), associated(frame.head, letter))
-            due = shapes.of(self.session.turns[letter.turn], post, sender, self.me).plain
+            plain = self._keys.open(sender, tensors["sealed"].numpy().tobytes(), associated(head, letter))
+            due = shapes.of(self.session.turns[letter.turn], post, sender, head.to).plain
             if len(plain) != wire_tensors.payload_size(due):
                 raise PeerError(sender, f"sealed {len(plain)} bytes for {post}; due is {_words(due)}")
             tensors = wire_tensors.unpack(due, plain)
@@ -202,6 +203,16 @@ class Party:
             if not finite(tensor):
                 raise PeerError(sender, f"sent {post} with NaN or infinite numbers in {name}")
         return tensors
+
+    def _as_sealed(self, head: Head, letter: Letter) -> tuple[Head, Letter]:
+        """Under which head and as which letter a site has sealed this: what a locker hands out was put in before."""
+        source, turns = letter.post.source, self.session.turns
+        if letter.post.kind is not LetterKind.STATE or self.plan[source.segment].kind != "locker":
+            return head, letter
+        put = ((n, given) for n in range(letter.turn - 1, -1, -1) for given, to in turns[n].gives if to == source)
+        number, given = next(put)
+        sealed = Letter(number, Post(LetterKind.STATE, given, source))
+        return Head(self.plan.place(given), self.me, head.job, head.epoch), sealed
 
     # -- effects and frames out
 

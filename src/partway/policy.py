@@ -26,6 +26,15 @@ class Objection(NamedTuple):
     words: str
 
 
+class HandOver(NamedTuple):
+    """Weights of one site for another, and how many records and steps of its own stand behind them."""
+
+    site: str
+    receiver: str
+    records: int
+    steps: int
+
+
 def refuse(me: str, objections: Iterable[Objection]) -> None:
     """Raises `Refused` with all of them, if there are any."""
     if found := list(objections):
@@ -99,21 +108,32 @@ def judge_groups(
         epochs = 1 + max(t.epoch for t in steps)
         words = f"in some step only {fewest} records of the other sites hide each one's; {least} are needed"
         yield Objection(Reason.RECORDS, f"{words}: {_advice(training, epochs, least, seed)}")
-    if any("weights" in dict(t.sums) for t in turns) and others(training) < policy.least_records_in_sum:
+    if any(_meet(plan, turn) for turn in turns) and others(training) < policy.least_records_in_sum:
         words = f"averaged weights of only {others(training)} records of the other sites hide each one's"
         yield Objection(Reason.RECORDS, f"{words}; [policy] least_records_in_sum is {policy.least_records_in_sum}")
-    fewest_of: dict[str, tuple[int, str]] = {}
-    for site, receiver, records in hand_overs(plan, turns, training):
-        fewest_of[site] = min(fewest_of.get(site, (records, receiver)), (records, receiver))
-    for site, (records, receiver) in fewest_of.items():
-        if records < policy.least_records_in_hand_over:
-            words = f"{site} would hand {receiver} weights that only {records} of its records stand behind"
-            due = f"[policy] least_records_in_hand_over is {policy.least_records_in_hand_over}"
-            yield Objection(Reason.RECORDS, f"{words}; {due}")
+    yield from _judge_hand_overs(policy, hand_overs(plan, turns, training), inputs)
     counted = [sum(_rows_of(t).values()) for t in turns if "tally" in dict(t.sums)]
     if counted and min(counted) < policy.least_records_in_counts:
         words = f"counts over {min(counted)} records; [policy] least_records_in_counts is "
         yield Objection(Reason.EVALUATION, words + str(policy.least_records_in_counts))
+
+
+def _judge_hand_overs(policy: Policy, found: Iterable[HandOver], inputs: int) -> Iterator[Objection]:
+    """One objection a site. What one step has learnt is a gradient, from which few records can be solved for."""
+    least, solvable = policy.least_records_in_hand_over, 0 if policy.solvable_sums else 2 * (inputs + 1)
+    fewest: dict[str, tuple[int, str, int]] = {}
+    for site, receiver, records, steps in found:
+        due = max(least, solvable if steps == 1 else 0)
+        if records < due:
+            fewest[site] = min(fewest.get(site, (records, receiver, due)), (records, receiver, due))
+    for site, (records, receiver, due) in fewest.items():
+        words = f"{site} would hand {receiver} weights that only {records} of its records stand behind"
+        limit = f"[policy] least_records_in_hand_over is {least}"
+        if due > least:
+            limit = (
+                f"{due} are needed behind one step: use a larger batch, or more batches before weights are handed on"
+            )
+        yield Objection(Reason.RECORDS, f"{words}; {limit}")
 
 
 def _judge_edge(policy: Policy, me: str, shapes: Shapes, edge: Edge) -> Iterator[Objection]:
@@ -150,7 +170,7 @@ def _judge_width(policy: Policy, me: str, shapes: Shapes, edges: Sequence[Edge])
 
 def _judge_gives(policy: Policy, me: str, plan: Plan, turns: Sequence[Turn]) -> Iterator[Objection]:
     """What is handed on for good. What goes from site to site, `hand_overs` judges."""
-    given = {a.segment: plan.place(b) for t in turns for a, b in t.gives if plan.place(a) == me != plan.place(b)}
+    given = {a.segment: plan.reader(b) for t in turns for a, b in t.gives if plan.reader(a) == me != plan.reader(b)}
     for segment, receiver in sorted(given.items()):
         if me in plan.sites and receiver not in plan.sites and not policy.bottom_to_everyone:
             words = f"{receiver} would hold the {segment}; [policy] bottom_to_everyone is false"
@@ -165,24 +185,31 @@ def releases(plan: Plan, turn: Turn) -> bool:
     return any(plan[e.target].kind == "store" and e.kind == "activations" for e in plan.edges(turn.flow))
 
 
-def hand_overs(plan: Plan, turns: Sequence[Turn], training: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
-    """Weights that go from a site to another with what it alone has trained: both, and on how many of its records.
+def hand_overs(plan: Plan, turns: Sequence[Turn], training: Mapping[str, int]) -> Iterator[HandOver]:
+    """Weights that go from a site to another with what it alone has trained.
 
     Args:
         training: records of each site.
     """
-    behind: Counter[Copy] = Counter()
+    rows_behind, steps_behind = Counter[Copy](), Counter[Copy]()
     for turn in turns:
         mixed = {name for what, name in turn.sums if what != "tally"}
         rows = _rows_of(turn) if turn.train else {}
-        for name in {*turn.train, *mixed}:
-            for copy in plan.copies(name):
-                behind[copy] = 0 if name in mixed else behind[copy] + rows.get(copy.lane, 0)
+        for copy in (copy for name in {*turn.train, *mixed} for copy in plan.copies(name)):
+            alone = copy.segment not in mixed
+            rows_behind[copy] = alone * (rows_behind[copy] + rows.get(copy.lane, 0))
+            steps_behind[copy] = alone * (steps_behind[copy] + bool(rows.get(copy.lane)))
         for source, target in turn.gives:
-            site, receiver = plan.place(source), plan.place(target)
-            if behind[source] and site != receiver and {site, receiver} <= {*plan.sites}:
-                yield site, receiver, min(behind[source], training[site])
-            behind[target] = 0
+            site, receiver = plan.reader(source), plan.reader(target)
+            if rows_behind[source] and site != receiver and {site, receiver} <= {*plan.sites}:
+                yield HandOver(site, receiver, min(rows_behind[source], training[site]), steps_behind[source])
+        for copy in {copy for pair in turn.gives for copy in pair}:  # from here on both have the same
+            rows_behind[copy] = steps_behind[copy] = 0
+
+
+def _meet(plan: Plan, turn: Turn) -> bool:
+    """Whether sites' weights are averaged, and not only the copies that the hub has itself."""
+    return any(what == "weights" and plan[name].at != plan.hub for what, name in turn.sums)
 
 
 def _rows_of(turn: Turn) -> Rows:

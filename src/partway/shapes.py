@@ -140,6 +140,12 @@ class Shapes:
         """Letters between two parties that are not the hub pass through it, and are sealed from it."""
         return self.plan.hub not in (sender, receiver)
 
+    def reader(self, post: Post, sender: str, receiver: str) -> str:
+        """For whom the sender seals a letter that the hub forwards or keeps; "" for one that is the hub's own."""
+        if post.kind is LetterKind.STATE and self.plan[post.target.segment].kind == "locker":
+            return self.plan.reader(post.target)
+        return receiver if self.sealed(sender, receiver) else ""
+
     def _carried(self, kind: LetterKind, source: str, target: str, rows: int, sealed: bool, state: bool) -> Carried:
         plain: tuple[Spec, ...] = ()
         if kind is LetterKind.ACTIVATIONS:
@@ -157,16 +163,22 @@ class Shapes:
         elif kind in (LetterKind.SHARE, LetterKind.SUM):
             plain = (self._summed(source),)
         elif kind is LetterKind.STATE:
-            plain = self.pieces[source].state
+            taken = self.plan[source].kind == "locker"  # what was put in under seal comes out under seal
+            sealed = sealed or taken or self.plan[target].kind == "locker"
+            piece = self.pieces[target if taken else source]
+            plain = piece.state
             if state:
-                plain += self._optimizer_state(self.pieces[source].size)
+                plain += self._optimizer_state(piece.size)
+            if taken:
+                plain = (_sealed(plain),)
+                return Carried(plain, plain, payload_size(plain))
         elif kind in (LetterKind.EQUAL, LetterKind.ACCOUNT):
             plain = (Spec("x", "uint8", (32,)),)
         elif kind is LetterKind.VERDICT:
             plain = (Spec("x", "uint8", (1,)),)
         elif kind in (LetterKind.SQUARE, LetterKind.NORM):
             plain = (Spec("x", "float64", (1,)),)
-        wire = (Spec("sealed", "uint8", (payload_size(plain) + SEAL_BYTES,)),) if plain and sealed else plain
+        wire = (_sealed(plain),) if plain and sealed else plain
         return Carried(plain, wire, payload_size(wire))
 
     def _optimizer_state(self, size: int) -> tuple[Spec, ...]:
@@ -185,3 +197,7 @@ class Shapes:
         else:
             count, words, name = self.pieces[segment].size, self.words, NAMES[self.dtype]
         return Spec("x", "int64", (count * words,)) if words else Spec("x", name, (count,))
+
+
+def _sealed(plain: tuple[Spec, ...]) -> Spec:
+    return Spec("sealed", "uint8", (payload_size(plain) + SEAL_BYTES,))

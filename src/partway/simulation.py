@@ -215,7 +215,7 @@ def together(whole: Federation, seconds: float) -> Result:
         result.ledgers.update(own.ledgers)
         result.all, result.validation = own.all or result.all, own.validation or result.validation
         result.targets.update(own.targets)
-        prefix = f"sites.{site}." if whole.job.training.schedule == "private" else ""
+        prefix = f"sites.{site}." if whole.job.apart else ""
         result.weights.update({prefix + name: weight for name, weight in own.weights.items()})
         result.chosen.update(own.chosen)
         result.scaling = own.scaling if whole.job.laned else {}

@@ -175,6 +175,9 @@ class Relay(Settings, frozen=True, kw_only=True):
     """Batches of a site before the next one's turn; 0 for an epoch over its records."""
     order: Literal["descending", "random"] = "descending"
     """Of the sites: by training records, or drawn anew each epoch from the job's seed."""
+    hand_over: Literal["at_once", "kept"] = "at_once"
+    """Weights and optimiser's state go on when they are made, or the server keeps them, sealed from it, until the next
+    site's turn."""
 
 
 class Averaged(Settings, frozen=True, kw_only=True):
@@ -325,6 +328,11 @@ class Job(Settings, frozen=True, kw_only=True):
         return self.training.schedule == "private" and self.training.private.personal == "embedding"
 
     @property
+    def apart(self) -> bool:
+        """Each site has a network of its own at the end."""
+        return self.training.schedule in ("private", "splitfed_v3")
+
+    @property
     def cuts(self) -> list[str]:
         """Where the network is cut, if it is one."""
         return self.network.cut if self.network is not None else []
@@ -426,6 +434,9 @@ def _check_parts(job: Job, where: str, scheduled: bool) -> None:
 
 def _check_private(job: Job, where: str) -> None:
     """What stands against what a site has of its own."""
+    if job.apart and job.result.bottom == "everyone":
+        own = f"in {job.training.schedule}: each site has its own"
+        raise ConfigError(f"{where}: [result] bottom = `everyone` has no meaning {own}")
     if job.training.schedule != "private":
         return
     here, terms = f"{where}: [training.private]", job.training.private
@@ -434,8 +445,6 @@ def _check_private(job: Job, where: str) -> None:
         raise ConfigError(f"{here} {words}")
     if terms.gate and not job.evaluation.trunk_travels:
         raise ConfigError(f"{here} gate needs [evaluation] trunk_travels = true, for each site judges at home")
-    if job.result.bottom == "everyone":
-        raise ConfigError(f"{where}: [result] bottom = `everyone` has no meaning in private: each site has its own")
 
 
 def _check_options(training: Training, where: str) -> None:

@@ -51,6 +51,8 @@ class Settings:
     """Of `relay`: batches in a site's turn; 0 for an epoch over its records."""
     relay_order: Literal["descending", "random"] = "descending"
     """Of `relay`: by training records, or drawn anew each epoch."""
+    relay_kept: bool = False
+    """Of `relay`: the hub keeps a hand-over, sealed, until the next site's turn."""
     gate: bool = False
     """Of `private`: each site keeps its own only where its validation records gain by it."""
     synchronous_epochs: int = 0

@@ -52,7 +52,8 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A piece of a network (`net`), a source of `records`, a `store` of what was released, or a `tally` of counts.
+    """A piece of a network (`net`), a source of `records`, a `store` of what was released, a `tally` of counts, or a
+    `locker`: what one site has sealed for the site whose lane it is.
 
     `at` is a party, or `EACH` for one copy at every site. `copies=EACH` at one party keeps a copy a site, all there.
     """
@@ -60,7 +61,7 @@ class Segment:
     name: str
     at: str = EACH
     copies: str = ONE
-    kind: Literal["net", "records", "store", "tally"] = "net"
+    kind: Literal["net", "records", "store", "tally", "locker"] = "net"
     join: Join = "features"
 
     @property
@@ -156,6 +157,10 @@ class Plan:
     def placed(self, party: str, kind: str = "net") -> tuple[Copy, ...]:
         """The copies of one kind of segment that live at a party."""
         return tuple(c for s in self.segments if s.kind == kind for c in self.copies(s.name) if self.place(c) == party)
+
+    def reader(self, copy: Copy) -> str:
+        """Who reads what is given to a copy: the party at which it lives, or the site whose lane a locker is."""
+        return copy.lane if self[copy.segment].kind == "locker" else self.place(copy)
 
     def rows(self, copy: Copy, rows: Rows) -> int:
         return rows.get(copy.lane, 0) if copy.lane else sum(rows.values())

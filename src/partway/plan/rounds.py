@@ -20,10 +20,15 @@ from partway.plan.phases import (
     step_and_epoch,
     with_counts,
 )
-from partway.plan.plan import EACH, Copy, Judge, Plan, Sizes, Sum, Turn
+from partway.plan.plan import EACH, Copy, Judge, Plan, Segment, Sizes, Sum, Turn
 
 Epoch = Callable[[int], Iterator[Turn]]
 """The turns of one epoch, in order; steps and epochs are counted by who walks them."""
+
+
+def locker(name: str) -> str:
+    """Where the hub keeps what one site has sealed of a segment for another, a place for each reader."""
+    return f"{name}_locker"
 
 
 def averaged(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
@@ -116,8 +121,12 @@ def relay(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
     """Site after site trains with the server on its own batches, and hands its weights and optimiser's state on.
 
     Gupta and Raskar 2018, arXiv:1810.06060, algorithm 2. Equals one network, trained on the sites' batches one after
-    the other. A site's turn is an epoch over its records, or `turn_batches` batches.
+    the other. A site's turn is an epoch over its records, or `turn_batches` batches. With `relay_kept` the hub keeps
+    what is handed on until the next site's turn, sealed for that site (the paper's centralised mode).
     """
+    whole, kept = with_counts(plan, settings), at_sites(plan) if settings.relay_kept else ()
+    lockers = tuple(Segment(name=locker(n), at=plan.hub, copies=EACH, kind="locker") for n in kept)
+    whole = replace(whole, segments=(*whole.segments, *lockers)).checked()
 
     def turns(sizes: Sizes) -> tuple[Turn, ...]:
         training = records_of(plan, sizes, "train")
@@ -128,7 +137,12 @@ def relay(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
         def steps(epoch: int) -> Iterator[Turn]:
             for site, batches in _visits(settings, training, epoch):
                 if site != holder[0]:
-                    gives = tuple((Copy(name, holder[0]), Copy(name, site)) for name in home)
+                    if kept:
+                        gives = tuple((Copy(name, holder[0]), Copy(locker(name), site)) for name in home)
+                        yield Turn(gives=gives, state=True)
+                        gives = tuple((Copy(locker(name), site), Copy(name, site)) for name in home)
+                    else:
+                        gives = tuple((Copy(name, holder[0]), Copy(name, site)) for name in home)
                     yield Turn(gives=gives, state=True)
                     holder[0] = site
                 for batch in batches:
@@ -140,7 +154,7 @@ def relay(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
 
         return _run(plan, settings, sizes, steps, at_sites(plan), after)
 
-    return with_counts(plan, settings), turns
+    return whole, turns
 
 
 def _visits(settings: Settings, training: Mapping[str, int], epoch: int) -> Iterator[tuple[str, list[Batch]]]:

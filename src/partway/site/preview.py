@@ -150,7 +150,7 @@ def _what(post: Post) -> str:
 
 
 def _how(job: Job, shapes: Shapes, post: Post, route: Route) -> str:
-    if shapes.sealed(route.sender, route.receiver):
+    if shapes.reader(post, route.sender, route.receiver):
         return "sealed, so that the server forwards and cannot read it"
     if post.kind is LetterKind.SHARE and job.training.sums == "blind":
         return "masked, so that the server can add and not read it"

@@ -149,6 +149,8 @@ class Worker:
         """Of each optimiser and, where lanes train apart, each lane."""
         self._handed: dict[Copy, dict[str, Tensor]] = {}
         """Optimiser states that have come with weights, until the next update."""
+        self._lockers: dict[Copy, dict[str, Tensor]] = {}
+        """What a site has sealed for another, until that one's turn."""
         self._kept: dict[Copy, dict[str, Tensor]] = {}
         """What a judge has found best so far."""
         self._stored_by: dict[tuple[Copy, str], tuple[str, Tensor]] = {}
@@ -528,12 +530,18 @@ class Worker:
     # -- what moves
 
     def _give(self, copy: Copy, _: Sequence[Post]) -> None:
+        if copy in self._lockers:
+            self._made[LetterKind.STATE, copy] = self._lockers.pop(copy)
+            return
         self._made[LetterKind.STATE, copy] = self.segments[copy].tensors()
         if self._turn.state:
             self._made[LetterKind.STATE, copy] |= {f"{STATE}{n}": t for n, t in self._state_of(copy).items()}
 
     def _take(self, copy: Copy, takes: Sequence[Post]) -> None:
         taken = self._taken(takes[0])
+        if self.plan[copy.segment].kind == "locker":
+            self._lockers[copy] = taken
+            return
         self.segments[copy].load_tensors({name: t for name, t in taken.items() if not name.startswith(STATE)})
         if self._turn.state:
             self._handed[copy] = {n.removeprefix(STATE): t for n, t in taken.items() if n.startswith(STATE)}
