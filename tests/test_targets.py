@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from partway.data.sets import bundled
 from partway.data.survey import survey
 from partway.data.table import load, records_of
 from partway.errors import ConfigError, DataError
+from partway.simulation import simulate
 from partway.train import scoring, targets
 
 INTERVALS = (10.0, 20.0, 40.0)
@@ -311,3 +313,57 @@ def test_bundled_targets(name: str) -> None:
     if name == "stay":
         assert abs(float(records.labels.mean())) < 0.1
         assert 0.9 < float(records.labels.std()) < 1.1
+
+
+class Rows(list[tuple[Tensor, Any]]):
+    """A dataset as PyTorch's are read: by number."""
+
+
+PYTHON = {
+    "binary": (KINDS["binary"], lambda n: n % 2),
+    "multi_label": (KINDS["multi_label"], lambda n: [n % 2, n % 3 == 0]),
+    "regression": (KINDS["regression"], lambda n: n / 10),
+    "survival": (KINDS["discrete time"], lambda n: torch.tensor([n, n % 2])),
+}
+
+
+@pytest.mark.parametrize("kind", PYTHON)
+def test_a_dataset_of_any_target(kind: str) -> None:
+    target, label = PYTHON[kind]
+    rows = Rows((torch.arange(4.0) + n, label(n)) for n in range(60))
+    network = f'arguments = {{ inputs = 4, hidden = [4, 4], classes = {target.outputs} }}\ncut = ["hidden.0"]\n'
+    job = (
+        f'[job]\nname = "a"\n[network]\nbuild = "partway.model.zoo:mlp"\n{network}[training]\nepochs = 2\nbatch = 16\n'
+    )
+    found = simulate(job, {"a": rows, "b": rows}, target=target)
+    assert found.all["records"] == 2 * 21
+    records = Records.from_dataset(rows, 0, seed=0, target=target)
+    if kind in ("binary", "survival"):  # divided evenly by answer, or by whether the event came
+        shares = [float(target.strata(records.labels)[index].double().mean()) for index in records.division.values()]
+        assert shares == pytest.approx([0.5] * 3, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "told"),
+    [
+        ("binary", 2, "an answer is 0 or 1$"),
+        ("binary", [1], r"has the shape \(\), and not \(1,\)"),
+        ("binary", None, "a label is None, and only classes know records without one"),
+        ("multi_label", [0, 0.5], "an answer is 0 or 1$"),
+        ("regression", math.nan, "labels hold NaN"),
+        ("survival", [3, 2], "an answer is 0 or 1, after the time"),
+        ("survival", [-3, 1], "a time is before the beginning"),
+        ("survival", 3, r"has the shape \(2,\), and not \(\)"),
+    ],
+)
+def test_a_label_that_is_none_of_the_target_s(kind: str, label: Any, told: str) -> None:
+    target, good = PYTHON[kind]
+    Records.from_dataset(Rows([(torch.zeros(2), good(1))]), 0, seed=0, target=target)
+    with pytest.raises(DataError, match=told):
+        Records.from_dataset(Rows([(torch.zeros(2), label)]), 0, seed=0, target=target)
+
+
+def test_outputs_that_mean_nothing() -> None:
+    for wrong in ({"kind": "binary", "outputs": 2}, {"kind": "survival", "outputs": 2, "intervals": (1.0, 2.0, 3.0)}):
+        with pytest.raises(ConfigError, match=r"has \d output\(s\) here, and not 2"):
+            Target(**wrong)

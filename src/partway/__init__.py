@@ -17,6 +17,7 @@ from partway.errors import JobFailed, PartwayError, PeerError, Refused, UsageErr
 
 if _TYPE_CHECKING:
     from partway.config import Job
+    from partway.data.records import Target
     from partway.model.cut import cut
     from partway.report import Result
     from partway.simulation import simulate
@@ -30,6 +31,7 @@ __all__ = [
     "PeerError",
     "Refused",
     "Result",
+    "Target",
     "UsageError",
     "__version__",
     "cut",
@@ -39,6 +41,7 @@ __all__ = [
 _HOMES = {
     "Job": "partway.config",
     "Result": "partway.report",
+    "Target": "partway.data.records",
     "cut": "partway.model.cut",
     "simulate": "partway.simulation",
 }

@@ -15,7 +15,7 @@ from partway import pki
 from partway.assembly import Assembled, Place, assemble, result_of, schemas_of
 from partway.blueprint import Schemas, configured
 from partway.config import Job, Policy, read_job, read_job_file
-from partway.data.records import Records
+from partway.data.records import Records, Target
 from partway.egress import Tap
 from partway.errors import DataError, JobFailed, PartwayError
 from partway.party import Out
@@ -165,6 +165,7 @@ def simulate(
     data: Mapping[str, Records] | Mapping[str, Dataset[Any]],
     *,
     classes: int | None = None,
+    target: Target | None = None,
     folder: Path | None = None,
     watch: Callable[[str, Assembled], None] | None = None,
 ) -> Result:
@@ -174,6 +175,7 @@ def simulate(
         job: a `Job`, the text of a job file, or its path. Its roster is made from `data`.
         data: by site, its `Records`, or any PyTorch dataset of (features, label), which is divided by the job's seed.
         classes: how many there are, where `data` holds datasets.
+        target: in place of `classes`, what their labels are.
         folder: where ledgers, result and network are written; nothing is written without it.
         watch: called with each party that has taken a message, for progress.
 
@@ -188,11 +190,11 @@ def simulate(
     for site, given in data.items():
         if isinstance(given, Records):
             records[site] = given
-        elif classes is None:
-            raise DataError("simulate needs classes=... where data holds datasets")
+        elif classes is None and target is None:
+            raise DataError("simulate needs classes=... or target=... where data holds datasets")
         else:
-            records[site] = Records.from_dataset(given, classes, job.job.seed)
-    if classes is not None:
+            records[site] = Records.from_dataset(given, classes or 0, job.job.seed, target)
+    if classes is not None or target is not None:
         job = msgspec.structs.replace(job, records=msgspec.structs.replace(job.records, schema="dataset"), columns=None)
     began = time.perf_counter()
     whole = federation(job, records, folder=folder)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-import torch
 from torch import Tensor
 
 from partway.config import (
@@ -87,13 +86,6 @@ def answers(settings: TargetSettings, text: Text) -> Answers:
     came = (event.values == 1) & (time.values <= settings.within)
     seen = came | (time.values >= settings.within)
     return Answers(came.astype(np.float64), seen, faults)
-
-
-def strata(target: Target, values: Tensor) -> Tensor:
-    """By what records are divided evenly, shape (n,), int64: classes, answers, or whether the event came."""
-    if target.kind == "survival":
-        return values[:, 1].long()
-    return values.long() if target.kind in ("classes", "binary") else torch.zeros(len(values), dtype=torch.int64)
 
 
 def _yes(text: Text, name: str, values: tuple[str, str]) -> Answers:

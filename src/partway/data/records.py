@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from partway.errors import DataError
+from partway.errors import ConfigError, DataError
 from partway.plan.batches import shuffled
 from partway.plan.plan import Part
 
@@ -40,6 +40,12 @@ class Target:
     intervals: tuple[float, ...] = ()
     """Of survival in discrete time: where each ends. Without them one number comes out, a risk (Cox)."""
 
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` where so many outputs mean nothing."""
+        due = {"binary": 1, "regression": 1, "survival": len(self.intervals) or 1}.get(self.kind, self.outputs)
+        if self.outputs != due:
+            raise ConfigError(f"a target of kind {self.kind} has {due} output(s) here, and not {self.outputs}")
+
     @property
     def label(self) -> tuple[int, ...]:
         """The shape of a record's label: a class, an answer, several, a number, or a time and whether it came."""
@@ -53,6 +59,12 @@ class Target:
     def classes(self) -> int:
         """How many are counted: those of the label, or no and yes."""
         return 2 if self.kind == "binary" else self.outputs
+
+    def strata(self, labels: Tensor) -> Tensor:
+        """By what records are divided evenly, shape (n,), int64: classes, answers, or whether the event came."""
+        if self.kind == "survival":
+            return labels[:, 1].long()
+        return labels.long() if self.kind in ("classes", "binary") else torch.zeros(len(labels), dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,23 +125,31 @@ class Records:
         self.schema = schema
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset[Any], classes: int, seed: int) -> Records:
+    def from_dataset(cls, dataset: Dataset[Any], classes: int, seed: int, target: Target | None = None) -> Records:
         """All of a PyTorch dataset of (features, label), held in memory. A label of None is none.
 
+        Args:
+            target: what the labels are, if they are no classes; then each record has one.
+
         Raises:
-            DataError: it is empty, or a label is not one of `classes`, or a feature is not finite.
+            DataError: it is empty, or a label is not one of `classes` or not as the target says, or a feature is not
+                finite.
         """
         rows = [dataset[i] for i in range(len(dataset))]  # type: ignore[arg-type]
         if not rows:
             raise DataError("a dataset is empty; leave its site out")
         features = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x, _ in rows])
+        if not features.isfinite().all():
+            raise DataError("a dataset's features hold NaN or infinite numbers")
+        if target is not None and target.kind != "classes":
+            y = labels_of(target, [y for _, y in rows])
+            division, classes = divide(target.strata(y), seed), target.outputs
+            return cls(features, y, classes=classes, numeric=(), division=division, targets=(target,))
         labels = torch.tensor([-1 if y is None else int(y) for _, y in rows])
         if any(y is not None and int(y) < 0 for _, y in rows) or labels.max() >= classes:
             raise DataError(
                 f"labels go from {labels.min()} to {labels.max()}; with {classes} classes, 0 to {classes - 1}"
             )
-        if not features.isfinite().all():
-            raise DataError("a dataset's features hold NaN or infinite numbers")
         return cls(features, labels, classes=classes, numeric=(), division=divide(labels, seed))
 
     @property
@@ -143,6 +163,25 @@ class Records:
         if len(self.numeric):
             out[:, self.numeric] = ((self.features[:, self.numeric] - mean) / deviation).nan_to_num()
         return out
+
+
+def labels_of(target: Target, given: Sequence[Any]) -> Tensor:
+    """The labels of records that have no classes. Raises `DataError` if one of them is none of the target's."""
+    if any(y is None for y in given):
+        raise DataError(f"a label is None, and only classes know records without one; this target is {target.kind}")
+    shapes = {tuple(torch.as_tensor(y).shape) for y in given}
+    if shapes != {target.label}:
+        raise DataError(f"a label of this target, {target.kind}, has the shape {target.label}, and not {max(shapes)}")
+    labels = torch.stack([torch.as_tensor(y, dtype=torch.float64) for y in given])
+    if not labels.isfinite().all():
+        raise DataError("a dataset's labels hold NaN or infinite numbers")
+    timed = target.kind == "survival"
+    answers = labels[:, 1] if timed else labels
+    if target.kind != "regression" and not ((answers == 0) | (answers == 1)).all():
+        raise DataError(f"an answer is 0 or 1{', after the time' if timed else ''}")
+    if timed and (labels[:, 0] < 0).any():
+        raise DataError("a time is before the beginning, 0")
+    return labels
 
 
 def moments(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from partway.config import ClassesTarget, Columns, MultiLabelTarget, Scale
-from partway.data.labels import strata, target_of
+from partway.data.labels import target_of
 from partway.data.records import Target
 from partway.data.schema import layout
 from partway.data.table import Checked, Table, site_names
@@ -66,7 +66,7 @@ def counted(columns: Columns, target: Target, labels: Tensor) -> dict[str, int]:
     names: Sequence[str] = ("no", "yes") if target.kind == "binary" else ("lost from sight", "the event came")
     if target.kind == "classes":
         names = list(settings.classes if isinstance(settings, ClassesTarget) else columns.classes)
-    counts = torch.bincount(strata(target, labels), minlength=len(names)).tolist()
+    counts = torch.bincount(target.strata(labels), minlength=len(names)).tolist()
     return dict(zip(names, counts, strict=True))
 
 

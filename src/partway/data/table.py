@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from partway.config import Category, Column, Columns, Connection, Flag, Image, Job, Numeric, Scale
-from partway.data.labels import answers, needed, number, numbered, strata
+from partway.data.labels import answers, needed, number, numbered
 from partway.data.records import Records, divide
 from partway.data.schema import Feature, columns_of, encoded, layout, words
 from partway.errors import DataError
@@ -232,7 +232,7 @@ class Checked:
             labels,
             classes=schema.classes,
             numeric=tuple(n for n, feature in enumerate(features) if feature.by_statistics),
-            division=divide(strata(schema.target(), labels), seed),
+            division=divide(schema.target().strata(labels), seed),
             targets=schema.targets,
         )
 
