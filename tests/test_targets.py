@@ -367,3 +367,18 @@ def test_outputs_that_mean_nothing() -> None:
     for wrong in ({"kind": "binary", "outputs": 2}, {"kind": "survival", "outputs": 2, "intervals": (1.0, 2.0, 3.0)}):
         with pytest.raises(ConfigError, match=r"has \d output\(s\) here, and not 2"):
             Target(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("target", "column"), [("life", "t"), ("life", "e"), ("stay", "n"), ("sort", "k"), ("sick", "s")]
+)
+def test_who_has_no_label_can_be_left_out(tmp_path: Path, target: str, column: str) -> None:
+    row = ROWS[1].split(",")
+    row[ROWS[0].split(",").index(column)] = "?"
+    (tmp_path / "records.csv").write_text("\n".join([ROWS[0], ",".join(row), *ROWS[2:]]) + "\n")
+    line = next(line for line in SCHEMA.splitlines() if line.startswith(target))
+    knows = read_schema(SCHEMA.replace(line, f'{line[: line.rindex("}")].rstrip()}, leave_out = ["?"] }}'))
+    found = records_of(load(tmp_path / "records.csv"), knows, "statistics", 0, target=target)
+    assert sorted(found.features[:, 0].tolist()) == list(range(2, 13))
+    with pytest.raises(DataError, match=f"column {column}: line 2: '\\?' is"):
+        records_of(load(tmp_path / "records.csv"), schema(), "statistics", 0, target=target)

@@ -72,7 +72,14 @@ class Image(Settings, frozen=True, kw_only=True, tag_field="kind", tag="image"):
 Column = Numeric | Flag | Category | Image
 
 
-class ClassesTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="classes"):
+class LeftOut(Settings, frozen=True, kw_only=True):
+    """What every target has."""
+
+    leave_out: tuple[str, ...] = ()
+    """What stands in one of its columns where a record does not count for it."""
+
+
+class ClassesTarget(LeftOut, frozen=True, kw_only=True, tag_field="kind", tag="classes"):
     """One of several classes: cross entropy."""
 
     column: ColumnName
@@ -80,7 +87,7 @@ class ClassesTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="
     """In this order; each with the values that mean it."""
 
 
-class BinaryTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="binary"):
+class BinaryTarget(LeftOut, frozen=True, kw_only=True, tag_field="kind", tag="binary"):
     """Yes or no: one number comes out, the log-odds of yes."""
 
     column: str = ""
@@ -93,14 +100,14 @@ class BinaryTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="b
     """Yes, if the event came at this time or before. Who was lost from sight before that does not count."""
 
 
-class MultiLabelTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="multi_label"):
+class MultiLabelTarget(LeftOut, frozen=True, kw_only=True, tag_field="kind", tag="multi_label"):
     """Several answers of yes or no."""
 
     columns: Annotated[tuple[ColumnName, ...], Meta(min_length=1, max_length=1000)]
     values: tuple[str, str] = ("0", "1")
 
 
-class RegressionTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="regression"):
+class RegressionTarget(LeftOut, frozen=True, kw_only=True, tag_field="kind", tag="regression"):
     """A number: squared error."""
 
     column: ColumnName
@@ -115,7 +122,7 @@ class RegressionTarget(Settings, frozen=True, kw_only=True, tag_field="kind", ta
     """And divided by this, so that errors are near 1."""
 
 
-class SurvivalTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="survival"):
+class SurvivalTarget(LeftOut, frozen=True, kw_only=True, tag_field="kind", tag="survival"):
     """A time until an event, or until the record was lost from sight."""
 
     time: ColumnName
@@ -254,7 +261,7 @@ def _check_target(target: TargetSettings, here: str, schema: Columns) -> None:
     if isinstance(target, SurvivalTarget) and list(target.intervals) != sorted(set(target.intervals)):
         raise ConfigError(f"{here}: intervals end one after the other")
     if isinstance(target, ClassesTarget):
-        _check_words([*target.classes.values()], f"{here}: classes")
+        _check_words([*target.classes.values(), target.leave_out], f"{here}: classes and leave_out")
 
 
 def _check_numeric(column: Numeric, here: str) -> None:

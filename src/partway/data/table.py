@@ -22,7 +22,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from partway.config import Category, Column, Columns, Connection, Flag, Image, Job, Numeric, Scale
+from partway.config import Category, Column, Columns, Connection, Flag, Image, Job, Numeric, Scale, made_of
 from partway.data.labels import answers, needed, number, numbered
 from partway.data.records import Records, divide
 from partway.data.schema import Feature, columns_of, encoded, layout, words
@@ -254,6 +254,9 @@ class Checked:
         """What is to be learnt of each row, by a target."""
         if not name:
             return self._classes()
+        for column in made_of(self._columns.targets[name]):
+            left_out = numbered(_text(self._table, column), [self._columns.targets[name].leave_out]) == 0
+            self._counts &= ~left_out
         found = answers(self._columns.targets[name], lambda column: _text(self._table, column))
         for wrong in found.faults:
             self._wrong(wrong.column, wrong.kind, _text(self._table, wrong.column), wrong.where, wrong.told)
