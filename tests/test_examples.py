@@ -76,4 +76,6 @@ def test_runs_between_processes(path: Path, federation: LocalFederation) -> None
         names = dict.fromkeys(party for party in configured(job).parties if party != SERVER)
     roster = {party: federation.fingerprints[party] for party in names}
     ran = federation.run({"roster": roster, **sections_of(job)})
-    assert ran.result(SERVER)["all"]["records"] > 0
+    scored = [result["all"]["records"] for party in ran.folders if (result := ran.result(party))["all"]]
+    assert scored
+    assert min(scored) > 0
