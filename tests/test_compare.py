@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from partway.cli import app
-from partway.errors import UsageError
+from partway.compare import comparison
+from partway.config import read_job
+from partway.data.records import Records, Target
+from partway.errors import ConfigError, UsageError
 from partway.ledger import verify
+from partway.train.targets import loss_of
 
 JOB = """
 [job]
@@ -106,3 +112,30 @@ def test_a_job_whose_records_are_not_bundled(tmp_path: Path, job: Path) -> None:
     for verb in ("cost", "compare", "simulate"):
         with pytest.raises(UsageError, match=r"no records are bundled for mine\.toml: name a file of all sites' with"):
             CliRunner().invoke(app, [verb, str(mine)], catch_exceptions=False)
+
+
+def test_yes_and_no_are_compared_as_two_classes() -> None:
+    """The plain loops' loss and scores of the same weights are those of the binary target."""
+    job = read_job(JOB.replace("classes = 2", "classes = 1").replace('"heart"\n[training]', '"dataset"\n[training]'))
+    x, target = torch.randn(40, 29, generator=torch.Generator().manual_seed(0)), Target(kind="binary", outputs=1)
+    y, index = (x[:, 0] > 0).double(), torch.arange(40)
+    division = {"train": index, "validation": index[:0], "test": index[:0]}
+    records = Records(x, y, classes=1, numeric=(), division=division, targets=(target,))
+    task = comparison._task(job, {"a": records}, 0)
+    pieces = list(task.build())
+    with torch.no_grad():
+        logits = nn.Sequential(*pieces)(x)
+    assert len(pieces) == 2
+    assert task.records["a"].schema.target().outputs == 2
+    expected = loss_of(target)(logits[:, 1:], y)
+    assert torch.allclose(nn.functional.cross_entropy(logits, task.records["a"].labels, reduction="sum"), expected)
+    assert records.labels.is_floating_point()  # what Partway's own methods train on stays as it was
+
+
+def test_numbers_and_survival_are_not_compared(tmp_path: Path) -> None:
+    text = JOB.replace('schema = "heart"', 'schema = "support"\ntarget = "stay"')
+    (tmp_path / "job.toml").write_text(text)
+    done = CliRunner().invoke(app, ["compare", str(tmp_path / "job.toml"), "--folder", str(tmp_path / "c")])
+    assert isinstance(done.exception, ConfigError)
+    assert "classes and binary targets are compared, and stay is regression" in str(done.exception)
+    assert not (tmp_path / "c").exists()

@@ -148,3 +148,85 @@ def test_on_the_command_line(run: Path, tmp_path: Path) -> None:
     assert predict(load(tmp_path), table.load(file)) == predict(load(run), table.load(file))
     with pytest.raises(UsageError, match=r"network\.pt: a network is written as \.onnx or \.safetensors"):
         cli.invoke(app, ["export", str(run), "--to", "network.pt"], catch_exceptions=False)
+
+
+# -- other targets than classes
+
+SCHEMA = """
+[schema]
+name = "small"
+label = "y"
+[classes]
+no = ["0"]
+yes = ["1"]
+[columns]
+a = { kind = "numeric" }
+b = { kind = "numeric" }
+[targets]
+sick = { kind = "binary", column = "y" }
+both = { kind = "multi_label", columns = ["y", "z"] }
+stay = { kind = "regression", column = "n", unit = "days", log = 1, center = 2, spread = 0.5 }
+life = { kind = "survival", time = "n", event = "z", unit = "days", intervals = [3, 6, 12] }
+risk = { kind = "survival", time = "n", event = "z" }
+sort = { kind = "classes", column = "z", classes = { low = ["0"], high = ["1"] } }
+"""
+TOLD = {
+    "sick": ["sick"],
+    "both": ["y", "z"],
+    "stay": ["stay in days"],
+    "life": ["after 3 days", "after 6 days", "after 12 days"],
+    "risk": ["risk"],
+    "sort": ["predicted", "low", "high"],
+}
+
+
+def small(tmp_path: Path, target: str) -> tuple[Finished, table.Table, torch.Tensor]:
+    """A network that a job of this target has left, a file of records, and what the network alone puts out."""
+    rows = [(n % 7, n * n % 11, n % 2, n * n % 3 % 2, n % 13 + 1) for n in range(120)]
+    (tmp_path / "records.csv").write_text("a,b,y,z,n\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
+    file, outputs = table.load(tmp_path / "records.csv"), {"both": 2, "life": 3, "sort": 2}.get(target, 1)
+    network = {"arguments": {"inputs": 2, "hidden": [4, 4], "classes": outputs}, "cut": ["hidden.0"]}
+    words = WORDS | {"network": WORDS["network"] | network, "records": {"schema": "small.toml", "target": target}}
+    job = read_job(toml(words), schema=SCHEMA)
+    assert job.columns
+    simulate(job, {"here": table.records_of(file, job.columns, "statistics", 0, target=target)}, folder=tmp_path)
+    found = load(tmp_path)
+    x = torch.tensor([row[:2] for row in rows], dtype=torch.float32)
+    with torch.no_grad():
+        return found, file, found.network((x - found.mean) / found.deviation)
+
+
+def as_it_reads(target: str, out: torch.Tensor) -> torch.Tensor:
+    """What a network's numbers mean, written out."""
+    if target == "sort":
+        return out.exp() / out.exp().sum(1, keepdim=True)
+    if target == "stay":
+        return (out * 0.5 + 2).exp() - 1
+    if target == "risk":
+        return out.exp()
+    sigmoid = 1 / (1 + (-out).exp())
+    return sigmoid if target != "life" else torch.stack([(1 - sigmoid[:, : k + 1]).prod(1) for k in range(3)], 1)
+
+
+@pytest.mark.parametrize("target", TOLD)
+def test_what_a_network_says_of_records(target: str, tmp_path: Path) -> None:
+    found, file, out = small(tmp_path, target)
+    header, *rows = [line.split(",") for line in predict(found, file).splitlines()]
+    assert header == ["line", *TOLD[target]]
+    told = torch.tensor([[float(number) for number in row[-out.shape[1] :]] for row in rows])
+    assert (told - as_it_reads(target, out)).abs().max() < 1e-4
+    assert (told - out).abs().max() > 1e-2  # no network's numbers as they are
+    if target == "sort":
+        assert [row[1] for row in rows] == [["low", "high"][n] for n in out.argmax(1).tolist()]
+
+
+@pytest.mark.parametrize("target", ["stay", "life"])
+def test_onnx_says_the_same(target: str, tmp_path: Path) -> None:
+    found, _, out = small(tmp_path, target)
+    export(found, tmp_path / "network.onnx")
+    model = onnx.load(tmp_path / "network.onnx")
+    features = torch.tensor([[n % 7, n * n % 11] for n in range(120)], dtype=torch.float32)
+    (told,) = ReferenceEvaluator(model).run(["predicted"], {"features": features.numpy()})
+    assert (torch.from_numpy(told) - as_it_reads(target, out)).abs().max() < 1e-4
+    names = {entry.key: json.loads(entry.value) for entry in model.metadata_props}["classes"]
+    assert names == TOLD[target]

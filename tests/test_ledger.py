@@ -202,6 +202,9 @@ def test_the_server_holds_every_site_s_last_head(tmp_path: Path) -> None:
         {"schedule": "half_trained", "half_trained": {"rounds": 2, "local_epochs": 2, "synchronous_epochs": 1}},
         {"clip_norm": 0.2, "micro_batch": 5},
         {"precision": "float16", "dtype": "float32"},
+        {"schedule": "averaged"},
+        {"schedule": "relay", "relay": {"hand_over": "kept", "turn_batches": 1}},
+        {"schedule": "splitfed_v1"},
     ],
 )
 def test_cost_is_forecast_to_the_byte_and_counted(tmp_path: Path, training: dict[str, Any]) -> None:

@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from partway.config import Columns, RegressionTarget, bundled_schema, read_job, read_schema
+from partway.data import matched
 from partway.data.labels import learnt
 from partway.data.records import Records, Target
+from partway.data.schema import words
+from partway.data.sets import bundled
+from partway.data.survey import survey
 from partway.data.table import load, records_of
 from partway.errors import ConfigError, DataError
 from partway.train import scoring, targets
@@ -223,3 +227,87 @@ def test_jobs_and_schemas_that_cannot_be() -> None:
         with pytest.raises(ConfigError, match=told):
             read_schema(SCHEMA.split("[targets]")[0] + f"[targets]\nwrong = {wrong}\n")
     assert bundled_schema("support").targets.keys() >= {"death30", "survival", "risk", "disability"}
+
+
+def test_weights_of_yes_and_no_are_those_of_classes() -> None:
+    """The log-odds of yes as logits of no and yes."""
+    outputs, labels = drawn(KINDS["binary"], 30, 4)
+    weights = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    two = torch.cat([torch.zeros_like(outputs), outputs], 1)
+    expected = targets.cross_entropy(two, labels.long(), weights)
+    assert torch.allclose(targets.loss_of(KINDS["binary"], lambda: weights)(outputs, labels), expected)
+    assert not torch.allclose(targets.loss_of(KINDS["binary"])(outputs, labels), expected)
+
+
+def test_the_middle_of_a_number_is_taken_off_and_put_back(tmp_path: Path) -> None:
+    text = SCHEMA.replace("spread = 2", "spread = 2, center = 1.5")
+    (tmp_path / "records.csv").write_text("\n".join(ROWS) + "\n")
+    file = load(tmp_path / "records.csv")
+    found, plain = (records_of(file, read_schema(t), "statistics", 0, target="stay").labels for t in (text, SCHEMA))
+    assert torch.allclose(found, plain - 0.75)
+    settings = read_schema(text).targets["stay"]
+    assert isinstance(settings, RegressionTarget)
+    assert torch.allclose(learnt(settings, found), torch.arange(1.0, 13).double())
+
+
+def test_the_unit_of_a_target_is_compared(tmp_path: Path) -> None:
+    (tmp_path / "records.csv").write_text("\n".join(ROWS) + "\n")
+    file, columns = load(tmp_path / "records.csv"), read_schema(SCHEMA.replace("log = 1,", 'log = 1, unit = "days",'))
+    records_of(file, columns, "statistics", 0, target="stay", units={"n": "days"})
+    with pytest.raises(DataError, match="column n: its unit here is hours; the schema says days") as found:
+        records_of(file, columns, "statistics", 0, target="stay", units={"n": "hours"})
+    assert [(columns.numbered[column], kind) for column, kind in found.value.faults] == [("n", "UNIT")]
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("", {"no": 6, "yes": 6}),
+        ("soon", {"no": 9, "yes": 1}),
+        ("both", {"s": 6, "e": 4}),
+        ("stay", {"numbers": 12}),
+        ("life", {"lost from sight": 8, "the event came": 4}),
+        ("sort", {"low": 4, "high": 8}),
+    ],
+)
+def test_a_survey_of_a_target(tmp_path: Path, target: str, told: dict[str, int]) -> None:
+    (tmp_path / "records.csv").write_text("\n".join(ROWS) + "\n")
+    found = survey(load(tmp_path / "records.csv"), schema(), target=target)
+    assert found.sites == {"all rows": told}
+    assert found.records == {"all rows": 10 if target == "soon" else 12}
+    assert ("2 rows do not count" in found.text()) is (target == "soon")
+    assert found.text().endswith(f"classes = {found.outputs}")
+
+
+def test_a_party_tells_faults_by_the_numbers_that_all_know(tmp_path: Path) -> None:
+    """It reads some of the columns; the server, which puts numbers into words, knows the whole schema."""
+    text = SCHEMA.replace('x = { kind = "numeric" }', 'w = { kind = "numeric" }\nx = { kind = "numeric" }')
+    head = '[job]\nname = "a"\n[records]\nschema = "small.toml"\n[training]\nconfiguration = "vertical"\n'
+    network = 'build = "partway.model.zoo:mlp"\narguments = { inputs = 1, hidden = [2], classes = 2 }\n'
+    job = read_job(
+        head + '[holds.a]\ncolumns = ["x"]\n[holds.b]\ntargets = ["soon"]\n'
+        f"[networks.bottom_a]\n{network}[networks.trunk]\n{network}",
+        schema=text,
+    )
+    (tmp_path / "records.csv").write_text("\n".join([ROWS[0], "one," + ROWS[1].split(",", 1)[1], *ROWS[2:]]) + "\n")
+    with pytest.raises(DataError) as found:
+        matched.records_of(load(tmp_path / "records.csv"), job, job.holds["a"], None)
+    assert job.columns
+    assert words(job.columns, found.value.faults) == "column x: something that is no number"
+
+
+def test_where_the_same_patients_are_at_several_parties_holds_says_what_is_learnt() -> None:
+    job = '[job]\nname = "a"\n[records]\nschema = "support"\ntarget = "stay"\n[training]\nconfiguration = "vertical"\n'
+    with pytest.raises(ConfigError, match=r"in vertical \[holds.PARTY\] targets says what is learnt"):
+        read_job(f'{job}[holds.a]\ntargets = ["stay"]\n[networks.trunk]\nbuild = "m:n"\n')
+
+
+@pytest.mark.parametrize("name", ["death30", "stay", "survival", "risk", "disability"])
+def test_bundled_targets(name: str) -> None:
+    (records,) = bundled("support", 0, target=name).values()
+    assert len(records.labels) == 9105
+    if name == "death30":
+        assert torch.equal(records.labels.long(), bundled("support", 0)["support"].labels)
+    if name == "stay":
+        assert abs(float(records.labels.mean())) < 0.1
+        assert 0.9 < float(records.labels.std()) < 1.1

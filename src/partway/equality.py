@@ -122,7 +122,8 @@ class _Plain:
         looks = Looks(self.job, whole, self.target)
         for epoch in range(start, start + epochs):
             self.losses += [step(whole, optimizer, batch, self.loss) for batch in self.union_batches(epoch)]
-            if self.job.evaluation.trunk_travels and looks.stop(epoch - start, whole, self.all_rows("validation", 0)):
+            rows = [self.rows(site, "validation", 0) for site in self.job.sites]
+            if self.job.evaluation.trunk_travels and looks.stop(epoch - start, whole, rows):
                 break
         looks.restore()
 
@@ -161,7 +162,7 @@ class _Plain:
             self.losses += [
                 step(trunk, made, batch, self.loss) for batch in cut_up((x[order], y[order]), training.batch)
             ]
-            if looks.stop(epoch - start, trunk, held["validation"]):
+            if looks.stop(epoch - start, trunk, [held["validation"]]):
                 break
         looks.restore()
         return start + training.epochs
@@ -176,15 +177,14 @@ class Looks:
         self._target = target
         self._best: dict[str, Tensor] | None = None
 
-    def stop(self, epoch: int, network: nn.Module, rows: Rows) -> bool:
-        """After an epoch, counted from 0: whether training stops here."""
-        x, y = rows
+    def stop(self, epoch: int, network: nn.Module, rows: Sequence[Rows]) -> bool:
+        """After an epoch, counted from 0: whether training stops here, by what each has counted over its rows."""
         if not (self._every and self._keeps and (epoch + 1) % self._every == 0):
             return False
         network.eval()
         with torch.no_grad():
-            counts = scoring.counts(self._target, network(x), y)
-        verdict = self._rule.look(scoring.from_counts(self._target, counts))
+            counts = torch.stack([scoring.counts(self._target, network(x), y) for x, y in rows if len(y)])
+        verdict = self._rule.look(scoring.from_counts(self._target, counts.sum(0)))
         if verdict is Verdict.KEEP:
             self._best = copy.deepcopy(network.state_dict())
         return verdict is Verdict.STOP

@@ -111,8 +111,6 @@ def load(path: Path, allowed: Sequence[str] = ZOO) -> Finished:
     if not job.laned:
         words = "its parties hold columns of the same patients: predicting with all of them is not there yet"
         raise UsageError(f"{file}: {words}")
-    if schema_of(job).target().kind != "classes":
-        raise UsageError(f"{file}: it has learnt {job.records.target}, and predicting is for classes so far")
     network = network_of(job, Policy(networks=list(allowed), most_parameters=2**31 - 1), schema_of(job)).whole
     numeric = [n for n, feature in enumerate(features_of(columns_of(job), job.records.scale)) if feature.by_statistics]
     nothing = torch.empty(0)

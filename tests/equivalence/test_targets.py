@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
 
-from federations import SIZES, bits, job_of
+from federations import SIZES, bits, difference, job_of
+from federations import pooled as equality_of
 from partway.blueprint import configured
 from partway.config import Job, read_job
 from partway.data.records import Records, Target
@@ -203,3 +205,84 @@ def test_several_tasks_equal_their_summed_losses() -> None:
         assert bits(again) == bits(whole)
     scored = {e.target.name for a in whole.parties.values() for e in a.evaluations.values() if e.all}
     assert scored == set(TASKS)
+
+
+# -- one target over columns of the same patients, at a party that has nothing else
+
+
+def vertical(kind: str) -> Federation:
+    def net(inputs: int, outputs: int) -> dict[str, Any]:
+        arguments = {"inputs": inputs, "hidden": [5], "classes": outputs}
+        return {"build": "partway.model.zoo:mlp", "arguments": arguments}
+
+    target = KINDS[kind]
+    words: dict[str, dict[str, Any]] = {
+        "job": {"name": "joined", "seed": 1},
+        "records": {"schema": "dataset"},
+        "training": {"configuration": "vertical", "epochs": 4, "batch": 16, "dtype": "float64", "keep": "last"},
+        **{f"networks.bottom_{p}": net(width, 4) for p, width in WIDTH.items()},
+        "networks.trunk": net(8, target.outputs),
+        **{f"holds.{p}": {"columns": [f"{p}{n}" for n in range(width)]} for p, width in WIDTH.items()},
+        "holds.c": {"targets": ["t"]},
+    }
+    given = tasks_of()
+    joined = torch.cat([given[p].features for p in WIDTH], 1)
+    y, division = labels(target, joined), given["a"].division
+    nothing = {"numeric": (), "division": division, "classes": 0}
+    found = {p: Records(given[p].features, torch.zeros(N), **nothing) for p in WIDTH}
+    found["c"] = Records(torch.zeros(N, 0), y, **nothing | {"classes": target.outputs}, targets=(target,))
+    return federation(read_job(toml(words)), found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_over_columns_equals_its_plain_loop(kind: str) -> None:
+    whole, target = vertical(kind), KINDS[kind]
+    whole.run()
+    sources = {p: a.party.worker.source for p, a in whole.parties.items() if a.party.worker.source}
+
+    def far(loss: Callable[[Tensor, Tensor], Tensor]) -> float:
+        plan, nets = configured(whole.job), {n: m.double() for n, m in whole.parties["a"].network.modules.items()}
+        for name, module in nets.items():
+            initialise(module, first_weights(whole.secrets[plan.place(plan.copies(name)[0])], whole.digest, name))
+        optimizers = [torch.optim.Adam(net.parameters(), whole.job.training.optimizer.lr) for net in nets.values()]
+        for epoch in range(whole.job.training.epochs):
+            order = order_of(TRAIN, sources["a"]._secret, sources["a"]._job, epoch)
+            for begin, end in equal_parts(TRAIN, whole.job.training.batch):
+                rows = order[begin:end]
+                parts = [nets[f"bottom_{p}"](sources[p].features[rows]) for p in WIDTH]
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                (loss(nets["trunk"](torch.cat(parts, 1)), sources["c"].labels[rows]) / len(rows)).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+        segments = {c: s for a in whole.parties.values() for c, s in a.party.worker.segments.items()}
+        flat = {n: nn.utils.parameters_to_vector(net.parameters()).detach() for n, net in nets.items()}
+        return max(float((s.weights() - flat[c.segment]).abs().max()) for c, s in segments.items())
+
+    loss = loss_of(target)
+    assert far(loss) < 1e-10
+    assert far(lambda x, y: loss(x, y.flip(0))) > 1e-4  # the labels of other patients
+
+
+# -- the loop of `plain_run`, which the demo and the processes' tests use
+
+
+@pytest.mark.parametrize("kind", ["binary", "discrete time"])
+def test_the_plain_run_knows_every_target(kind: str) -> None:
+    whole = run(kind, keep="best", patience=2, epochs=12)
+    network, losses = equality_of(whole)
+    assert difference(whole, network) < 1e-10
+    assert len(losses) == len(whole.parties["server"].party.worker.losses)
+    other, _ = equality_of(whole, other_order=True)
+    assert difference(whole, other) > 1e-4
+
+
+def test_class_weights_of_yes_and_no() -> None:
+    whole = run("binary", class_weights="sqrt")
+    network, _ = equality_of(whole)
+    assert difference(whole, network) < 1e-10
+    whole.job = msgspec.structs.replace(
+        whole.job, training=msgspec.structs.replace(whole.job.training, class_weights="none")
+    )
+    plain, _ = equality_of(whole)
+    assert difference(whole, plain) > 1e-4

@@ -109,8 +109,10 @@ class RegressionTarget(Settings, frozen=True, kw_only=True, tag_field="kind", ta
     """Of values that can be."""
     log: Annotated[float, Meta(gt=0)] | None = None
     """What is learnt is log(value + this)."""
+    center: float = 0.0
+    """What is learnt is counted from here, after the logarithm, so that a network begins in the middle."""
     spread: Annotated[float, Meta(gt=0)] = 1.0
-    """What is learnt is divided by this, so that errors are near 1."""
+    """And divided by this, so that errors are near 1."""
 
 
 class SurvivalTarget(Settings, frozen=True, kw_only=True, tag_field="kind", tag="survival"):

@@ -126,12 +126,12 @@ def _number_of(settings: RegressionTarget, text: Text) -> Answers:
     ]
     with np.errstate(invalid="ignore", divide="ignore"):
         level = x if settings.log is None else np.log(x + settings.log)
-    return Answers(level / settings.spread, np.ones(len(x), dtype=bool), faults)
+    return Answers((level - settings.center) / settings.spread, np.ones(len(x), dtype=bool), faults)
 
 
 def learnt(settings: RegressionTarget, outputs: Tensor) -> Tensor:
     """From what a network puts out back to the target's own unit."""
-    level = outputs * settings.spread
+    level = outputs * settings.spread + settings.center
     return level if settings.log is None else level.exp() - settings.log
 
 
