@@ -76,5 +76,6 @@ def test_runs_between_processes(path: Path, federation: LocalFederation) -> None
         names = dict.fromkeys(party for party in configured(job).parties if party != SERVER)
     roster = {party: federation.fingerprints[party] for party in names}
     ran = federation.run({"roster": roster, **sections_of(job)})
-    told = [ran.result(party)["all"].get("records", 0) for party in (SERVER, *names)]  # in multi_task, to task holders
-    assert max(told) > 0
+    scored = [result["all"]["records"] for party in ran.folders if (result := ran.result(party))["all"]]
+    assert scored
+    assert min(scored) > 0

@@ -21,12 +21,11 @@ from partway.model.segment import Segment
 from partway.plan import schedules
 from partway.plan.configurations import vanilla
 from partway.plan.phases import Schedule, Settings
-from partway.plan.plan import Copy, Edge, Plan
+from partway.plan.plan import Edge, Plan
 from partway.privacy.blind_sum import BlindSum, ClearSum
 from partway.privacy.seal import Keys
 from partway.simulation import SERVER, Federation, federation
 from partway.train.source import RecordSource
-from partway.train.worker import Worker
 from partway.transport.memory import Wire
 
 JOB: dict[str, dict[str, Any]] = {
@@ -235,65 +234,6 @@ def test_the_server_sees_no_parameter_gradient_or_total_of_a_bottom(
             assert found(rows, server) == len(rows)
         found_weights = found(windows(seen["weights"]), server)
         assert found_weights > 0 if training else found_weights == 0  # the average, in the clear, is the weights
-
-
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "relay": {"relay": {"turn_batches": 10}},
-    "relay kept": {"relay": {"turn_batches": 10, "hand_over": "kept"}},
-    "averaged": {"averaged": {"every": 5}},
-    "private": {"private": {"shared_epochs": 1}},
-    "splitfed_v1": {},
-    "splitfed_v2": {},
-    "splitfed_v3": {},
-}
-
-
-def updates(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
-    """Gradients, weights and optimisers' states of every site's bottom, at every update."""
-    seen: dict[str, list[np.ndarray]] = {"gradient": [], "weights": [], "state": []}
-    update = Worker._update
-
-    def noted(self: Worker, unit: Copy, takes: Any) -> None:
-        copies = [c for c in self.segments if c == Copy("bottom", unit.segment)]
-        for copy in copies:
-            gradient = self.segments[copy].gradient()
-            seen["gradient"] += [] if gradient is None else [gradient.numpy().copy()]
-            seen["weights"].append(self.segments[copy].weights().numpy())
-        update(self, unit, takes)
-        for copy in copies:
-            seen["weights"].append(self.segments[copy].weights().numpy())
-            seen["state"] += [t.numpy() for n, t in self._state_of(copy).items() if n != "step"]
-
-    monkeypatch.setattr(Worker, "_update", noted)
-    return seen
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_server_has_nothing_of_a_bottom_in_any_schedule(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = updates(monkeypatch)
-    _, wire, tap = run({**JOB, "training": {"epochs": 1, "schedule": schedule.split()[0], **SCHEDULES[schedule]}})
-    for what, arrays in seen.items():
-        rows = windows(arrays)
-        assert len(rows) > 10
-        assert found(rows, [*wire.heard[SERVER], *tap.plain[SERVER]]) == 0, what
-
-
-@pytest.mark.parametrize("schedule", ["averaged", "splitfed_v1", "splitfed_v2"])
-def test_averages_in_the_clear_would_be_found(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = updates(monkeypatch)
-    training = {"epochs": 2, "schedule": schedule, "sums": "clear", **SCHEDULES[schedule]}
-    _, wire, tap = run({**JOB, "training": training})
-    assert found(windows(seen["weights"]), [*wire.heard[SERVER], *tap.plain[SERVER]]) > 0
-
-
-@pytest.mark.parametrize("schedule", ["relay", "relay kept"])
-def test_hand_overs_that_were_not_sealed_would_be_found(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Keys, "seal", lambda self, peer, plain, associated: bytes(12) + plain + bytes(16))
-    monkeypatch.setattr(Keys, "open", lambda self, peer, sealed, associated: sealed[12:-16])
-    seen = updates(monkeypatch)
-    _, wire, _ = run({**JOB, "training": {"epochs": 1, "schedule": "relay", **SCHEDULES[schedule]}})
-    for what in ("weights", "state"):
-        assert found(windows(seen[what]), wire.heard[SERVER]) > 0
 
 
 def test_first_weights_that_were_not_sealed_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ _SERVER_ALLOWS = {
     "least_records_in_hand_over": 0,
     "least_records_in_counts": 1,
     "most_epochs": 10_000,
+    "widest_cut": 2**31 - 1,
 }
 """What is the sites' to refuse, the server does not."""
 _ERRORS = {1: JobFailed, 3: Refused}

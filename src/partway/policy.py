@@ -108,9 +108,14 @@ def judge_groups(
         epochs = 1 + max(t.epoch for t in steps)
         words = f"in some step only {fewest} records of the other sites hide each one's; {least} are needed"
         yield Objection(Reason.RECORDS, f"{words}: {_advice(training, epochs, least, seed)}")
-    if any(_meet(plan, turn) for turn in turns) and others(training) < policy.least_records_in_sum:
-        words = f"averaged weights of only {others(training)} records of the other sites hide each one's"
+    behind = list(averages(plan, turns))
+    fewest = min((others({s: min(rows[s], n) for s, n in training.items()}) for rows in behind), default=least)
+    if behind and fewest < policy.least_records_in_sum:
+        words = f"averaged weights of only {fewest} records of the other sites hide each one's"
         yield Objection(Reason.RECORDS, f"{words}; [policy] least_records_in_sum is {policy.least_records_in_sum}")
+    elif fewest < least and any(rows[s] < n for rows in behind for s, n in training.items()):
+        words = f"between some averages only {fewest} records of the other sites hide each one's; {least} are needed"
+        yield Objection(Reason.RECORDS, f"{words}: use a larger [training] batch, or average more seldom (every)")
     yield from _judge_hand_overs(policy, hand_overs(plan, turns, training), inputs)
     counted = [sum(_rows_of(t).values()) for t in turns if "tally" in dict(t.sums)]
     if counted and min(counted) < policy.least_records_in_counts:
@@ -205,6 +210,20 @@ def hand_overs(plan: Plan, turns: Sequence[Turn], training: Mapping[str, int]) -
                 yield HandOver(site, receiver, min(rows_behind[source], training[site]), steps_behind[source])
         for copy in {copy for pair in turn.gives for copy in pair}:  # from here on both have the same
             rows_behind[copy] = steps_behind[copy] = 0
+
+
+def averages(plan: Plan, turns: Sequence[Turn]) -> Iterator[Rows]:
+    """For each average of sites' weights, how many records each has trained on since the last one.
+
+    What lies between two averages is a sum of the sites' updates: of one step, a sum of gradients.
+    """
+    behind = dict.fromkeys(plan.sites, 0)
+    for turn in turns:
+        rows = _rows_of(turn) if turn.train else {}
+        behind = {site: count + rows.get(site, 0) for site, count in behind.items()}
+        if _meet(plan, turn):
+            yield behind
+            behind = dict.fromkeys(plan.sites, 0)
 
 
 def _meet(plan: Plan, turn: Turn) -> bool:

@@ -376,6 +376,28 @@ def test_what_one_step_has_learnt_is_handed_on_only_with_enough_records_behind_i
     solved.run()
 
 
+def test_a_policy_asks_for_records_between_two_averages() -> None:
+    """Weights one step apart give the step's gradient: as a sum of gradients, it must not be solvable for records."""
+    allowed = permissive("partway.model.zoo:mlp")
+    strict = msgspec.structs.replace(allowed, solvable_sums=False)  # 14 records of the others, with 6 inputs
+    for every, batch in ((0, 12), (2, 23)):
+        small(job("averaged", averaged={"every": every}, batch=batch), policies={"b": strict}).run()
+    with pytest.raises(Refused, match=r"between some averages only \d records of the other .*; 14 are .* more seldom"):
+        small(job("averaged", averaged={"every": 1}), policies={"b": strict}).run()
+    many = msgspec.structs.replace(allowed, least_records_in_sum=50)
+    with pytest.raises(Refused, match="averaged weights of only 49 records of the other sites"):
+        small(job("averaged"), policies={"b": many}).run()
+
+
+def test_the_last_average_of_an_epoch_is_made_once() -> None:
+    def averages(every: int) -> int:
+        whole = small(job("averaged", averaged={"every": every}))  # 8 steps in each of 4 epochs
+        whole.run()
+        return sum(("weights", "bottom") in t.sums for t in whole.parties["a"].party.session.turns)
+
+    assert [averages(every) for every in (0, 1, 3, 4)] == [4, 32, 12, 8]
+
+
 def test_where_only_the_server_s_trunks_are_averaged_no_site_hides_behind_others() -> None:
     """In `splitfed_v3` nothing of a bottom is summed, so the records behind such sums are not asked for."""
     strict = msgspec.structs.replace(permissive("partway.model.zoo:mlp"), least_records_in_sum=50)

@@ -184,7 +184,7 @@ class Averaged(Settings, frozen=True, kw_only=True):
     """`averaged` of `[training]`: union batches, weights averaged."""
 
     every: Count = 0
-    """Steps between two averages; 0 for one at the end of each epoch."""
+    """Steps between two averages in an epoch, at the end of which there is one in any case; 0 for that one alone."""
 
 
 ScheduleName = Literal[

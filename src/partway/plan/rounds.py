@@ -35,18 +35,18 @@ def averaged(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
     """Union batches in which each site's segments step by themselves; from time to time they are averaged, blindly.
 
     The loss is divided by the union batch's records, as in `synchronous`. A site without records in a step does not
-    step. Averages are weighted by training records, at the end of each epoch, or every `average_every` steps.
+    step. Averages are weighted by training records, at the end of each epoch and every `average_every` steps of it.
     """
 
     def turns(sizes: Sizes) -> tuple[Turn, ...]:
         training, average = records_of(plan, sizes, "train"), _average(plan, sizes, at_sites(plan))
 
         def steps(epoch: int) -> Iterator[Turn]:
-            for number, batch in enumerate(union_batches(training, settings.batch, settings.seed, epoch), 1):
+            batches = list(union_batches(training, settings.batch, settings.seed, epoch))
+            for number, batch in enumerate(batches, 1):
                 yield _step(plan, batch, divisor=float(sum(batch.rows.values())))
-                if settings.average_every and number % settings.average_every == 0:
+                if number == len(batches) or (settings.average_every and number % settings.average_every == 0):
                     yield average
-            yield average
 
         return _run(plan, settings, sizes, steps)
 
