@@ -211,7 +211,7 @@ def test_a_site_that_refuses(federation: LocalFederation) -> None:
         ({"network": {"build": "os:system"}}, Refused, "is not in .policy. networks"),
         ({"network": {"cut": ["hidden.99"]}}, PartwayError, "no module `hidden.99`; .* it can be cut after hidden.0,"),
         ({"network": {"arguments": {"inputs": 28, "hidden": [8], "classes": 7}}}, PartwayError, "takes no records"),
-        ({"network": {"arguments": {"inputs": 29, "hidden": [8], "classes": 6}}}, PartwayError, "7 classes"),
+        ({"network": {"arguments": {"inputs": 29, "hidden": [8, 8], "classes": 6}}}, PartwayError, "7 classes"),
         ({"training": {"batch": 8}}, Refused, "RECORDS"),
         ({"training": {"sums": "clear"}}, Refused, "CLEAR_SUM"),
         ({"result": {"bottom": "everyone"}}, Refused, "RESULT"),
