@@ -40,9 +40,9 @@ from partway.train.draws import derived, first_weights, forward_seed
 from partway.train.scoring import FIGURES, AnyScores, read_figures, size_of_counts, value
 from partway.train.source import RecordSource, Shelf
 from partway.train.stopping import Best
-from partway.train.tallies import Classes, Evaluation, Moments, Squares
+from partway.train.tallies import Classes, Evaluation, Moments, Squares, Tally
 from partway.train.targets import loss_of, whole_batch
-from partway.train.worker import Tally, Worker
+from partway.train.worker import Worker
 from partway.wire.tensors import NAMES
 
 STATES = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from partway.errors import DataError
-from partway.plan.batches import equal_parts, local_batches, union_batches
+from partway.plan.batches import Batch, equal_parts, local_batches, union_batches
 from partway.plan.plan import ONE, Copy, Edge, Judge, Part, Plan, Segment, Sizes, Sum, Turn
 
 Schedule = Callable[[Sizes], tuple[Turn, ...]]
@@ -95,16 +95,12 @@ def original(name: str) -> str:
 
 def at_sites(plan: Plan) -> tuple[str, ...]:
     """The pieces of the network of which every site has a copy."""
-    return tuple(n for n in _pieces(plan) if plan[n].laned)
+    return tuple(n for n in plan.nets if plan[n].laned)
 
 
 def central(plan: Plan) -> tuple[str, ...]:
     """The pieces of the network of which there is one copy."""
-    return tuple(n for n in _pieces(plan) if not plan[n].laned)
-
-
-def _pieces(plan: Plan) -> list[str]:
-    return [n for n in plan.order("split") or () if plan[n].kind == "net"]
+    return tuple(n for n in plan.nets if not plan[n].laned)
 
 
 # -- the phases; each gets what was done before it, and goes on counting steps and epochs from there
@@ -126,7 +122,7 @@ def begin(plan: Plan, settings: Settings, sizes: Sizes, shared: Sequence[str]) -
         turns += whole(records_of(plan, sizes, "train"), "train", ("sums", "squares"))
     if settings.class_weights:
         turns += whole(records_of(plan, sizes, "train"), "train", ("classes",))
-        if not plan[with_loss(plan)].laned:  # the loss is the server's
+        if not plan[plan.losses[0]].laned:  # the loss is the server's
             turns += whole({plan.sites[0]: 1}, "train", ("report_classes",))
     first, *others = plan.sites
     if others and shared:
@@ -135,29 +131,59 @@ def begin(plan: Plan, settings: Settings, sizes: Sizes, shared: Sequence[str]) -
 
 
 def together(plan: Plan, settings: Settings, sizes: Sizes, epochs: int, done: Turns) -> Turns:
-    """Epochs of union batches; the judge of their evaluations is the first site, for it sees blind sums."""
+    """Epochs of union batches, gradients of the sites' segments summed before each update."""
     shared = at_sites(plan) if len(plan.sites) > 1 else ()
-    keeps = at_sites(plan) + central(plan)
-    training, (step, start) = records_of(plan, sizes, "train"), step_and_epoch(done)
+    training, (first, _) = records_of(plan, sizes, "train"), step_and_epoch(done)
+    sums: tuple[Sum, ...] = tuple(("gradient", n) for n in shared)
+
+    def steps(epoch: int) -> Iterator[Turn]:
+        for batch in union_batches(training, settings.batch, settings.seed, epoch):
+            yield step_of(plan, batch, divisor=float(sum(batch.rows.values())), sums=sums)
+
+    turns = epochs_of(plan, settings, sizes, epochs, done, steps, shared)
+    return tuple(replace(turn, fresh=turn.step == first) if turn.train else turn for turn in turns)
+
+
+def step_of(plan: Plan, batch: Batch, divisor: float | None = None, sums: tuple[Sum, ...] = ()) -> Turn:
+    """One step of everything."""
+    rows, offsets = (batch.rows,), (batch.offsets,)
+    return Turn(
+        flow="split", rows=rows, offsets=offsets, divisor=divisor, train=(*at_sites(plan), *central(plan)), sums=sums
+    )
+
+
+def epochs_of(
+    plan: Plan,
+    settings: Settings,
+    sizes: Sizes,
+    epochs: int,
+    done: Turns,
+    steps: Callable[[int], Iterator[Turn]],
+    equal: Sequence[str],
+    settled: Callable[[], Iterator[Turn]] | None = None,
+) -> Turns:
+    """Epochs of a schedule's own turns, each with an account behind it and, where it is due, a look.
+
+    The judge of a look is the first site, for it sees blind sums.
+
+    Args:
+        steps: an epoch's turns, in order; steps and epochs are counted here.
+        equal: the sites' segments that are compared after an epoch.
+        settled: what makes them the same; it comes, and they are compared, only before a look and at the end. If it is
+            not said, they always are.
+    """
+    keeps, (step, start) = (*at_sites(plan), *central(plan)), step_and_epoch(done)
     turns: list[Turn] = []
     for epoch in range(start, start + epochs):
-        for batch in union_batches(training, settings.batch, settings.seed, epoch):
-            turns.append(
-                Turn(
-                    flow="split",
-                    rows=(batch.rows,),
-                    offsets=(batch.offsets,),
-                    divisor=float(sum(batch.rows.values())),
-                    train=keeps,
-                    sums=tuple(("gradient", n) for n in shared),
-                    fresh=not turns,
-                    step=step,
-                    epoch=epoch,
-                )
-            )
-            step += 1
-        turns.append(Turn(equal=shared, account=plan.sites, step=step, epoch=epoch))
-        if settings.validate_every and (epoch + 1 - start) % settings.validate_every == 0:
+        for turn in steps(epoch):
+            turns.append(replace(turn, step=step, epoch=epoch))
+            step += bool(turn.train)
+        looks = bool(settings.validate_every) and (epoch + 1 - start) % settings.validate_every == 0
+        compares = settled is None or looks or epoch + 1 == start + epochs
+        if settled is not None and compares:
+            turns += [replace(turn, step=step, epoch=epoch) for turn in settled()]
+        turns.append(Turn(equal=tuple(equal) if compares else (), account=plan.sites, step=step, epoch=epoch))
+        if looks:
             judge = Judge(at=plan.sites[0], tally="scores", keeps=keeps) if settings.keep_best else None
             turns += evaluation(plan, sizes, "validation", step, epoch, judge)
     return judged(turns, len(done))
@@ -329,16 +355,11 @@ TALLIES = ("sums", "squares", "classes", "scores")
 confusion counts."""
 
 
-def with_loss(plan: Plan) -> str:
-    """The piece that has the loss."""
-    return next(e.target for e in plan.edges("split") if e.kind == "labels")
-
-
 def with_counts(plan: Plan, settings: Settings) -> Plan:
     """The plan with the flows that stand around training: statistics before it, evaluation and result after."""
     visiting = {name: here(name) for name in central(plan)}
     split = plan.edges("split")
-    last = with_loss(plan)
+    last = plan.losses[0]
     kept = at_sites(plan) if settings.bottom_to_everyone else ()
 
     def at_home(edge: Edge) -> Edge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -9,21 +10,16 @@ from partway.plan.batches import Batch, local_batches, shuffled, union_batches
 from partway.plan.phases import (
     Schedule,
     Settings,
-    Turns,
     at_sites,
     begin,
     central,
     end,
-    evaluation,
-    judged,
+    epochs_of,
     records_of,
-    step_and_epoch,
+    step_of,
     with_counts,
 )
-from partway.plan.plan import EACH, Copy, Judge, Plan, Segment, Sizes, Sum, Turn
-
-Epoch = Callable[[int], Iterator[Turn]]
-"""The turns of one epoch, in order; steps and epochs are counted by who walks them."""
+from partway.plan.plan import EACH, Copy, Plan, Segment, Sizes, Sum, Turn
 
 
 def locker(name: str) -> str:
@@ -44,7 +40,7 @@ def averaged(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
         def steps(epoch: int) -> Iterator[Turn]:
             batches = list(union_batches(training, settings.batch, settings.seed, epoch))
             for number, batch in enumerate(batches, 1):
-                yield _step(plan, batch, divisor=float(sum(batch.rows.values())))
+                yield step_of(plan, batch, divisor=float(sum(batch.rows.values())))
                 if number == len(batches) or (settings.average_every and number % settings.average_every == 0):
                     yield average
 
@@ -80,7 +76,7 @@ def _splitfed(plan: Plan, settings: Settings, mixed: Sequence[str]) -> tuple[Pla
 
         def steps(epoch: int) -> Iterator[Turn]:
             for batch in local_batches(training, settings.batch):
-                yield _step(plan, batch)
+                yield step_of(plan, batch)
             yield average
 
         equal = at_sites(plan) if mixed != hub else ()
@@ -109,7 +105,7 @@ def splitfed_v2(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
                 for place in shuffled(len(plan.sites), "splitfed_v2", settings.seed, epoch, number):
                     site = plan.sites[place]
                     if batch.rows[site]:
-                        yield _step(plan, _of(batch, site), divisor=float(batch.rows[site]))
+                        yield step_of(plan, _of(batch, site), divisor=float(batch.rows[site]))
             yield average
 
         return _run(plan, settings, sizes, steps)
@@ -124,35 +120,34 @@ def relay(plan: Plan, settings: Settings) -> tuple[Plan, Schedule]:
     the other. A site's turn is an epoch over its records, or `turn_batches` batches. With `relay_kept` the hub keeps
     what is handed on until the next site's turn, sealed for that site (the paper's centralised mode).
     """
-    whole, kept = with_counts(plan, settings), at_sites(plan) if settings.relay_kept else ()
-    lockers = tuple(Segment(name=locker(n), at=plan.hub, copies=EACH, kind="locker") for n in kept)
-    whole = replace(whole, segments=(*whole.segments, *lockers)).checked()
+    whole, home = with_counts(plan, settings), at_sites(plan)
+    if settings.relay_kept:
+        lockers = (Segment(name=locker(n), at=plan.hub, copies=EACH, kind="locker") for n in home)
+        whole = replace(whole, segments=(*whole.segments, *lockers)).checked()
 
     def turns(sizes: Sizes) -> tuple[Turn, ...]:
         training = records_of(plan, sizes, "train")
-        home = at_sites(plan)
-        holder = [plan.sites[0]]
-        """Who has trained last, and so has the weights."""
+        holder = plan.sites[0]  # who has trained last, and so has the weights
 
         def steps(epoch: int) -> Iterator[Turn]:
+            nonlocal holder
             for site, batches in _visits(settings, training, epoch):
-                if site != holder[0]:
-                    if kept:
-                        gives = tuple((Copy(name, holder[0]), Copy(locker(name), site)) for name in home)
-                        yield Turn(gives=gives, state=True)
-                        gives = tuple((Copy(locker(name), site), Copy(name, site)) for name in home)
-                    else:
-                        gives = tuple((Copy(name, holder[0]), Copy(name, site)) for name in home)
-                    yield Turn(gives=gives, state=True)
-                    holder[0] = site
+                if site != holder:
+                    stops = [[Copy(n, holder) for n in home], [Copy(n, site) for n in home]]
+                    if settings.relay_kept:
+                        stops.insert(1, [Copy(locker(n), site) for n in home])
+                    for here, there in itertools.pairwise(stops):
+                        yield Turn(gives=tuple(zip(here, there, strict=True)), state=True)
+                    holder = site
                 for batch in batches:
-                    yield _step(plan, batch, divisor=float(batch.rows[site]))
+                    yield step_of(plan, batch, divisor=float(batch.rows[site]))
 
-        def after() -> Iterator[Turn]:
-            others = [site for site in plan.sites if site != holder[0]]
-            yield Turn(gives=tuple((Copy(n, holder[0]), Copy(n, site)) for n in home for site in others))
+        def settled() -> Iterator[Turn]:
+            others = [site for site in plan.sites if site != holder]
+            if others:
+                yield Turn(gives=tuple((Copy(n, holder), Copy(n, site)) for n in home for site in others))
 
-        return _run(plan, settings, sizes, steps, at_sites(plan), after)
+        return _run(plan, settings, sizes, steps, home, settled)
 
     return whole, turns
 
@@ -178,12 +173,6 @@ def _visits(settings: Settings, training: Mapping[str, int], epoch: int) -> Iter
                 yield site, now
 
 
-def _step(plan: Plan, batch: Batch, divisor: float | None = None) -> Turn:
-    """One step of everything, in which no gradient is summed."""
-    pieces = (*at_sites(plan), *central(plan))
-    return Turn(flow="split", rows=(batch.rows,), offsets=(batch.offsets,), divisor=divisor, train=pieces)
-
-
 def _of(batch: Batch, site: str) -> Batch:
     return Batch({site: batch.rows[site]}, {site: batch.offsets[site]})
 
@@ -199,33 +188,18 @@ def _run(
     plan: Plan,
     settings: Settings,
     sizes: Sizes,
-    steps: Epoch,
+    steps: Callable[[int], Iterator[Turn]],
     equal: Sequence[str] | None = None,
-    after: Callable[[], Iterator[Turn]] = lambda: iter(()),
+    settled: Callable[[], Iterator[Turn]] = lambda: iter(()),
 ) -> tuple[Turn, ...]:
-    """A whole run: what comes before, every epoch's turns with an account and a look after them, and the end.
+    """A whole run: what comes before, its epochs, and the end.
 
     Args:
-        equal: the segments that are the same at every site after an epoch; if it is not said, all of the sites'.
-        after: what must come before a look, or the end, so that they are.
+        equal: the segments that are the same at every site before a look; if it is not said, all of the sites'.
+        settled: what makes them so.
     """
     home = at_sites(plan)
-    equal = tuple((home if equal is None else equal) if len(plan.sites) > 1 else ())
-    first = begin(plan, settings, sizes, home)
-    turns: list[Turn] = []
-    (step, start), keeps = step_and_epoch(first), (*home, *central(plan))
-    for epoch in range(start, start + settings.epochs):
-        for turn in steps(epoch):
-            turns.append(replace(turn, step=step, epoch=epoch))
-            step += bool(turn.train)
-        looks = bool(settings.validate_every) and (epoch + 1 - start) % settings.validate_every == 0
-        if looks or epoch + 1 == start + settings.epochs:
-            turns += [replace(turn, step=step, epoch=epoch) for turn in after() if turn.gives]
-            turns.append(Turn(equal=equal, account=plan.sites, step=step, epoch=epoch))
-        else:
-            turns.append(Turn(account=plan.sites, step=step, epoch=epoch))
-        if looks:
-            judge = Judge(at=plan.sites[0], tally="scores", keeps=keeps) if settings.keep_best else None
-            turns += evaluation(plan, sizes, "validation", step, epoch, judge)
-    done: Turns = (*first, *judged(turns, len(first)))
+    compared = (home if equal is None else equal) if len(plan.sites) > 1 else ()
+    done = begin(plan, settings, sizes, home)
+    done += epochs_of(plan, settings, sizes, settings.epochs, done, steps, compared, settled)
     return done + end(plan, settings, sizes, done)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,18 @@ from partway.plan.plan import Part, Turn
 from partway.train import scoring
 from partway.train.scoring import AnyScores
 from partway.train.source import RecordSource
+
+
+class Tally(Protocol):
+    """Counts over a site's records that are summed over sites, in float64."""
+
+    size: int
+
+    def count(self, turn: Turn, inputs: Tensor, labels: Tensor | None) -> Tensor:
+        """Shape (size,)."""
+
+    def settle(self, turn: Turn, total: Tensor) -> None:
+        """The sum over all sites has come."""
 
 
 class Moments:

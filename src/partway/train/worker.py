@@ -18,14 +18,16 @@ from torch import Tensor
 from partway.cost import Cost
 from partway.errors import JobFailed, PeerError
 from partway.model.segment import Segment
-from partway.plan.plan import ONE, Copy, Optimizing, Part, Plan, Turn
+from partway.plan.plan import ONE, Copy, Optimizing, Plan, Turn
 from partway.privacy.blind_sum import ClearSum, Numbers, Words, add
 from partway.protocol.messages import LetterKind, Post
 from partway.protocol.net import Net, Task, squared
 from partway.shapes import Shapes
 from partway.train.baselines import OptimizerOf
 from partway.train.scale import LossScale
+from partway.train.source import RecordSource, Shelf
 from partway.train.stopping import Verdict
+from partway.train.tallies import Tally
 from partway.train.targets import Loss, cross_entropy
 
 STATE = "optimizer."
@@ -42,50 +44,6 @@ class Sums(Protocol):
     def spoil(self, turn: int, segment: str, numbers: int, dtype: np.dtype) -> Words | Numbers: ...
 
     def unmask(self, turn: int, segment: str, total: Any, dtype: np.dtype) -> Numbers: ...
-
-
-class Source(Protocol):
-    """A site's records."""
-
-    def take(self, turn: Turn, offset: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Features and labels of this site's rows of a turn."""
-
-    def answers(self, turn: Turn, offset: int, rows: int, target: str) -> Tensor:
-        """The labels of one of several targets, of the same rows."""
-
-    def share(self, secret: bytes) -> None:
-        """Other parties hold columns of the same records: all take them in one order, drawn from this secret."""
-
-    def proof(self, turn: Turn, offset: int, rows: int) -> bytes:
-        """A keyed hash, 32 bytes, of which records the rows are of, and in which order."""
-
-    def all_proof(self) -> bytes:
-        """The same of all records, whoever has them or not."""
-
-    def present(self, turn: Turn, offset: int, rows: int) -> Tensor | None:
-        """Which of the rows are here, shape (rows,), bool; None: all."""
-
-
-class Tally(Protocol):
-    """Counts over a site's records that are summed over sites, in float64."""
-
-    size: int
-
-    def count(self, turn: Turn, inputs: Tensor, labels: Tensor | None) -> Tensor:
-        """Shape (size,)."""
-
-    def settle(self, turn: Turn, total: Tensor) -> None:
-        """The sum over all sites has come."""
-
-
-class Store(Protocol):
-    """What has been released to this party."""
-
-    def put(self, part: Part, site: str, rows: Tensor, labels: Tensor) -> None:
-        """A site's rows, shape (n, ...), and labels, shape (n,), after those that it has released before."""
-
-    def take(self, turn: Turn, offset: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Rows and labels of a turn."""
 
 
 class Worker:
@@ -113,8 +71,8 @@ class Worker:
         segments: Mapping[Copy, Segment],
         *,
         optimizers: Mapping[Optimizing, OptimizerOf],
-        source: Source | None = None,
-        stores: Mapping[str, Store] | None = None,
+        source: RecordSource | None = None,
+        stores: Mapping[str, Shelf] | None = None,
         tallies: Mapping[str, Tally] | None = None,
         judges: Mapping[str, Callable[[], Verdict]] | None = None,
         better: Callable[[str, str], bool] | None = None,
