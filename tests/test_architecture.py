@@ -35,7 +35,7 @@ class Room:
 
 CORE = "errors plan config protocol model privacy wire"
 ACCOUNTS = f"{CORE} shapes cost policy ledger egress"
-PROCESS = f"{ACCOUNTS} transport data train party blueprint assembly pki report"
+PROCESS = f"{ACCOUNTS} transport data train party blueprint assembly outcome pki report"
 """All that a process at a site or a server is made of."""
 
 HOUSE = {
@@ -59,7 +59,8 @@ HOUSE = {
     "pki": Room(rooms="errors config", never="torch"),
     "report": Room(rooms=f"{CORE} shapes cost"),
     "blueprint": Room(rooms=f"{CORE} data", never="socket"),
-    "assembly": Room(rooms=f"{ACCOUNTS} data train party blueprint report", never="socket"),
+    "assembly": Room(rooms=f"{ACCOUNTS} data train party blueprint", never="socket"),
+    "outcome": Room(rooms=f"{ACCOUNTS} data train party assembly report", never="socket"),
     "site": Room(rooms=PROCESS),
     "server": Room(rooms=PROCESS),
     "simulation": Room(rooms="*"),

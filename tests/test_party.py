@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from federations import SIZES, bits, job_of, small
-from partway.assembly import result_of
 from partway.errors import JobFailed, PartwayError, PeerError, Refused
+from partway.outcome import result_of
 from partway.plan.plan import Copy
 from partway.protocol.messages import Counts, Hello, Letter, LetterKind, Message, Ready
 from partway.simulation import SERVER, Federation, permissive, together

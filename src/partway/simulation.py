@@ -12,12 +12,13 @@ import msgspec
 from torch.utils.data import Dataset
 
 from partway import pki
-from partway.assembly import Assembled, Place, assemble, result_of, schemas_of
+from partway.assembly import Assembled, Place, assemble, schemas_of
 from partway.blueprint import Schemas, configured
 from partway.config import Job, Policy, read_job, read_job_file
 from partway.data.records import Records, Target
 from partway.egress import Tap
 from partway.errors import DataError, JobFailed, PartwayError
+from partway.outcome import result_of
 from partway.party import Out
 from partway.report import Result
 from partway.train.draws import derived

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from federations import SITES, SIZES, job_of, records_of, small
-from partway.assembly import forecast_of, result_of
+from partway.assembly import forecast_of
 from partway.config import Job, read_job
 from partway.data import thyroid
 from partway.data.records import Records
 from partway.errors import ConfigError, PeerError, Refused
 from partway.finished import load
+from partway.outcome import result_of
 from partway.plan.batches import equal_parts
 from partway.plan.plan import Copy
 from partway.protocol.messages import LetterKind

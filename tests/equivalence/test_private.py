@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from federations import SITES, SIZES, job_of, records_of
-from partway.assembly import result_of
 from partway.config import Job, read_job
 from partway.data import thyroid
 from partway.data.records import Records, Target
 from partway.errors import ConfigError
 from partway.finished import load
+from partway.outcome import result_of
 from partway.plan.plan import Copy, Turn
 from partway.protocol.messages import LetterKind
 from partway.report import Result

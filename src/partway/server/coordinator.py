@@ -19,12 +19,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from partway import __version__, pki
-from partway.assembly import Assembled, Place, assemble, result_of, schemas_of
+from partway.assembly import Assembled, Place, assemble, schemas_of
 from partway.config import Job, Server, read_job
 from partway.data import matched
 from partway.data.schema import columns_of
 from partway.data.table import mismatch
 from partway.errors import DataError, JobFailed, LinkLost, PartwayError, PeerError, Refused, TrustError, UsageError
+from partway.outcome import result_of
 from partway.party import Out, given_up
 from partway.protocol.messages import Bye, Fail, Greet, Head, Offer, Reason
 from partway.report import write_whole

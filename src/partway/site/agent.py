@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partway import __version__, pki
-from partway.assembly import Assembled, Place, assemble, result_of, schemas_of
+from partway.assembly import Assembled, Place, assemble, schemas_of
 from partway.config import Site, read_job
 from partway.data import matched, table
 from partway.egress import Tap
 from partway.errors import DataError, JobFailed, LinkLost, PartwayError, Refused, TrustError, UsageError
+from partway.outcome import result_of
 from partway.party import Out
 from partway.protocol.messages import (
     ANYBODY,
