@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from partway.equality import plain_run
 from partway.local import toml
 from partway.simulation import Federation, federation
 from partway.train.source import RecordSource
+from partway.transport.memory import Wire
 from partway.wire import frames
 
 SITES = ("a", "b", "c", "d", "e")
@@ -83,6 +84,20 @@ def bits(whole: Federation) -> bytes:
         for _, assembled in sorted(whole.parties.items())
         for _, segment in sorted(assembled.party.worker.segments.items())
     )
+
+
+def same_bits_in_any_order(make: Callable[[], Federation], seeds: int, other: Federation | None = None) -> None:
+    """However it is delivered it comes to the same weights and losses; another federation does not."""
+
+    def ran(whole: Federation, wire: Wire | None = None) -> tuple[bytes, list[list[torch.Tensor]]]:
+        whole.run(wire)
+        return bits(whole), [assembled.party.worker.losses for assembled in whole.parties.values()]
+
+    quiet = ran(make())
+    for seed in range(seeds):
+        assert ran(make(), Wire(seed)) == quiet
+    if other is not None:
+        assert ran(other)[0] != quiet[0]
 
 
 def frames_of(out: Any) -> list[tuple[str, frames.Frame]]:

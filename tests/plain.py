@@ -3,22 +3,20 @@ far it is from what a loop comes to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from federations import bits, records_of
-from partway.config import Job
 from partway.data.records import Records
 from partway.equality import _Plain
 from partway.model.segment import initialise
+from partway.plan.batches import equal_parts
 from partway.plan.plan import Copy, Turn
-from partway.simulation import Federation, federation
+from partway.simulation import Federation
 from partway.train.draws import first_weights, forward_seed, order_of
-from partway.transport.memory import Wire
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "momentum": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
@@ -87,19 +85,49 @@ def far(whole: Federation, expected: Mapping[Copy, nn.Module]) -> float:
     return max(float((weights[c] - flat[c]).abs().max()) for c in expected)
 
 
-def built(job: Job, sizes: Mapping[str, int], **more: Any) -> Federation:
-    return federation(job, {site: records_of(site, n) for site, n in sizes.items()}, **more)
+class Joined:
+    """Columns of the same records that several parties hold, and all first weights, in one place."""
 
+    def __init__(self, whole: Federation, other_order: bool = False) -> None:
+        self.whole, self._other = whole, other_order
+        self.sources = {n: a.party.worker.source for n, a in whole.parties.items() if a.party.worker.source}
+        some = next(iter(whole.parties.values()))
+        self.nets = {n: m.to(getattr(torch, whole.job.training.dtype)) for n, m in some.network.modules.items()}
+        for name, module in self.nets.items():
+            secret = whole.secrets[some.plan.place(some.plan.copies(name)[0])]
+            initialise(module, first_weights(secret, whole.digest, name))
 
-def same_bits_in_any_order(job: Job, sizes: Mapping[str, int], other: Job, seeds: int = 4) -> None:
-    """However it is delivered it comes to the same bits; another job does not."""
+    def rows(self) -> Iterator[Tensor]:
+        """Which records each step trains on."""
+        some, training = next(iter(self.sources.values())), self.whole.job.training
+        records = some.records.sizes["train"]
+        for epoch in range(training.epochs):
+            order = order_of(records, b"another" if self._other else some._secret, some._job, epoch)
+            for begin, end in equal_parts(records, training.batch):
+                yield order[begin:end]
 
-    def ran(job: Job, wire: Wire | None = None) -> bytes:
-        whole = built(job, sizes)
-        whole.run(wire)
-        return bits(whole)
+    def train(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        rising: int = 1,
+        clip: Callable[[dict[str, nn.Module]], object] = lambda nets: None,
+    ) -> None:
+        """One optimiser a network; `rising` steps of warm-up."""
+        optimizers = [made(self.whole, module) for module in self.nets.values()]
+        rates = [torch.optim.lr_scheduler.LinearLR(each, 1 / rising, total_iters=rising - 1) for each in optimizers]
+        for rows in self.rows():
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss(rows).backward()
+            clip(self.nets)
+            for optimizer in optimizers:
+                optimizer.step()
+            for rate in rates:
+                rate.step()
 
-    quiet = ran(job)
-    for seed in range(seeds):
-        assert ran(job, Wire(seed)) == quiet
-    assert ran(other) != quiet
+    def far(self) -> dict[str, float]:
+        """Of each segment, the largest difference of a number from what its party has come to."""
+        weights = {copy.segment: found for copy, found in weights_at(self.whole).items()}
+        assert weights.keys() == self.nets.keys()
+        flat = {n: nn.utils.parameters_to_vector(m.parameters()).detach() for n, m in self.nets.items()}
+        return {n: float((weights[n] - flat[n]).abs().max()) for n in flat}

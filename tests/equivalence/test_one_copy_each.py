@@ -9,23 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from federations import bits
+from federations import same_bits_in_any_order
 from partway.config import Job, read_job
 from partway.data.records import Records
 from partway.local import toml
-from partway.model.segment import initialise
-from partway.plan.batches import equal_parts
 from partway.simulation import Federation, federation
-from partway.train.draws import first_weights, order_of
-from partway.transport.memory import Wire
+from plain import OPTIMIZERS, Joined
 
 N, TRAIN = 90, 60
 COLUMNS = {"a": 3, "b": 2, "c": 4}
-OPTIMIZERS = {
-    "adam": {"name": "adam", "lr": 0.01},
-    "adamw": {"name": "adamw", "lr": 0.01, "weight_decay": 0.1},
-    "momentum": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
-}
 
 
 def net(inputs: int, classes: int, hidden: int = 5) -> dict[str, Any]:
@@ -79,60 +71,19 @@ def built(job: Job, holders: str, labels: str, lacks: tuple[int, ...] = (), **mo
     return federation(job, given, **more)
 
 
-class Plain:
-    """All columns in one place, one optimiser a network: what every configuration must equal."""
+class Plain(Joined):
+    """What every configuration must equal; a loss gets the networks, every party's columns, and the labels."""
 
-    def __init__(self, whole: Federation, other_order: bool = False) -> None:
-        self.whole, self.job = whole, whole.job
-        parts = next(iter(whole.parties.values())).network
-        self.nets = {name: module.to(getattr(torch, self.job.training.dtype)) for name, module in parts.modules.items()}
-        plan = next(iter(whole.parties.values())).plan
-        for name, module in self.nets.items():
-            secret = whole.secrets[plan.place(plan.copies(name)[0])]
-            initialise(module, first_weights(secret, whole.digest, name))
-        self.sources = {n: a.party.worker.source for n, a in whole.parties.items() if a.party.worker.source}
-        order = self.job.training.optimizer
-        make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[order.name]
-        more = {"momentum": order.momentum} if order.name == "sgd" else {"weight_decay": order.weight_decay}
-        self.optimizers = [make(module.parameters(), order.lr, **more) for module in self.nets.values()]
-        self.other_order = other_order
+    def difference(
+        self, loss: Callable[[dict[str, nn.Module], dict[str, Tensor], Tensor], Tensor], **more: Any
+    ) -> float:
+        def of(rows: Tensor) -> Tensor:
+            x = {party: source.features[rows] for party, source in self.sources.items()}
+            y = next(s.labels[rows] for s in self.sources.values() if s.records.schema.classes)
+            return loss(self.nets, x, y)
 
-    def run(
-        self,
-        loss: Callable[[dict[str, nn.Module], dict[str, Tensor], Tensor], Tensor],
-        rising: int = 1,
-        clip: Callable[[dict[str, nn.Module]], object] = lambda nets: None,
-    ) -> dict[str, nn.Module]:
-        rates = [
-            torch.optim.lr_scheduler.LinearLR(made, 1 / rising, total_iters=rising - 1) for made in self.optimizers
-        ]
-        some = next(iter(self.sources.values()))
-        for epoch in range(self.job.training.epochs):
-            secret = b"another" if self.other_order else some._secret
-            order = order_of(TRAIN, secret, some._job, epoch)
-            for begin, end in equal_parts(TRAIN, self.job.training.batch):
-                rows = order[begin:end]
-                x = {party: source.features[rows] for party, source in self.sources.items()}
-                y = next(s.labels[rows] for s in self.sources.values() if s.records.schema.classes)
-                for optimizer in self.optimizers:
-                    optimizer.zero_grad()
-                loss(self.nets, x, y).backward()
-                clip(self.nets)
-                for optimizer in self.optimizers:
-                    optimizer.step()
-                for rate in rates:
-                    rate.step()
-        return self.nets
-
-
-def far(whole: Federation, nets: dict[str, nn.Module]) -> float:
-    found = {}
-    for assembled in whole.parties.values():
-        for copy, segment in assembled.party.worker.segments.items():
-            for name, tensor in segment.tensors().items():
-                found[copy.segment, name] = float((tensor - nets[copy.segment].state_dict()[name]).abs().max())
-    assert {name for name, _ in found} == set(nets)
-    return max(found.values())
+        self.train(of, **more)
+        return max(self.far().values())
 
 
 cross_entropy = nn.functional.cross_entropy
@@ -235,8 +186,8 @@ def test_equals_its_plain_loop(case: str, optimizer: str) -> None:
     make, loss = CASES[case]
     whole = make(optimizer=OPTIMIZERS[optimizer])
     whole.run()
-    assert far(whole, Plain(whole).run(loss)) < 1e-10
-    assert far(whole, Plain(whole, other_order=True).run(loss)) > 1e-4
+    assert Plain(whole).difference(loss) < 1e-10
+    assert Plain(whole, other_order=True).difference(loss) > 1e-4
 
 
 @cases
@@ -253,9 +204,9 @@ def test_with_options_of_training(case: str) -> None:
         for module in nets.values():
             nn.utils.clip_grad_norm_(module.parameters(), 0.2)
 
-    assert far(whole, Plain(whole).run(loss, 6, of_all)) < 1e-10
-    assert far(whole, Plain(whole).run(loss, 6, of_each)) > 1e-6
-    assert far(whole, Plain(whole).run(loss, 1, of_all)) > 1e-5
+    assert Plain(whole).difference(loss, rising=6, clip=of_all) < 1e-10
+    assert Plain(whole).difference(loss, rising=6, clip=of_each) > 1e-6
+    assert Plain(whole).difference(loss, clip=of_all) > 1e-5
 
 
 @cases
@@ -268,8 +219,8 @@ def test_a_half_precision_is_torch_s(case: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return loss(nets, x, y)
 
-    assert far(whole, Plain(whole).run(under_autocast)) < 1e-6
-    assert far(whole, Plain(whole).run(loss)) > 1e-4
+    assert Plain(whole).difference(under_autocast) < 1e-6
+    assert Plain(whole).difference(loss) > 1e-4
     scaled = make(precision="float16", dtype="float32")
     scaled.run()
     assert len({s.value for a in scaled.parties.values() for s in a.party.worker._scales.values()}) == 1
@@ -278,12 +229,7 @@ def test_a_half_precision_is_torch_s(case: str) -> None:
 @cases
 def test_the_bits_do_not_depend_on_delivery(case: str) -> None:
     make, _ = CASES[case]
-    quiet = make()
-    quiet.run()
-    for seed in range(5):
-        whole = make()
-        whole.run(Wire(seed))
-        assert bits(whole) == bits(quiet)
+    same_bits_in_any_order(make, 5)
 
 
 def test_a_record_that_a_party_lacks_counts_as_zeros() -> None:
@@ -297,5 +243,5 @@ def test_a_record_that_a_party_lacks_counts_as_zeros() -> None:
         parts = [own.get(party, nets[f"bottom_{party}"](x[party])) for party in "abc"]
         return cross_entropy(nets["trunk"](torch.cat(parts, 1)), y)
 
-    assert far(whole, Plain(whole).run(loss)) < 1e-10
-    assert far(whole, Plain(whole).run(vertical_loss)) > 1e-4
+    assert Plain(whole).difference(loss) < 1e-10
+    assert Plain(whole).difference(vertical_loss) > 1e-4

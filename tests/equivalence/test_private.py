@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from federations import SITES, SIZES, job_of, records_of
+from federations import SITES, job_of, records_of, same_bits_in_any_order, small
 from partway.config import Job, read_job
 from partway.data import thyroid
 from partway.data.records import Records, Target
@@ -23,7 +23,7 @@ from partway.report import Result
 from partway.simulation import Federation, federation, together
 from partway.train import metrics
 from partway.train.stopping import value
-from plain import OPTIMIZERS, Everything, far, made, same_bits_in_any_order
+from plain import OPTIMIZERS, Everything, far, made
 
 configurations = pytest.mark.parametrize("configuration", ["vanilla", "u_shaped"])
 DROPOUT = {"build": "dropout_network:dropout", "arguments": {}}
@@ -234,7 +234,7 @@ def row_of(row: dict[str, Any]) -> dict[str, Any]:
 def test_the_bits_do_not_depend_on_delivery(configuration: str) -> None:
     sections = {"evaluation": {"every": 1, "site_scores": True}, "result": {"trunk": "everyone"}}
     jobs = [private({"shared_epochs": n}, sections, configuration=configuration) for n in (1, 2)]
-    same_bits_in_any_order(jobs[0], SIZES, jobs[1])
+    same_bits_in_any_order(lambda: small(jobs[0]), 4, small(jobs[1]))
 
 
 @pytest.mark.parametrize(

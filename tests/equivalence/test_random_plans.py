@@ -14,12 +14,11 @@ from partway.config import Job, read_job
 from partway.data.records import Records
 from partway.local import toml
 from partway.model.segment import initialise
-from partway.plan.batches import equal_parts
 from partway.plan.plan import EACH, Plan
 from partway.simulation import Federation, federation
-from partway.train.draws import first_weights, order_of
+from partway.train.draws import first_weights
 from partway.transport.memory import Wire
-from plain import Everything, weights_at
+from plain import Everything, Joined, weights_at
 
 WIDTH, N, TRAIN = 6, 60, 40
 
@@ -53,7 +52,6 @@ def drawn(seed: int, laned: bool) -> dict[str, dict[str, Any]]:
         arguments = {"inputs": WIDTH, "hidden": [4], "classes": outputs}
         return {"build": "partway.model.zoo:mlp", "arguments": arguments}
 
-    used = names[: len(holders)]
     words = {
         "job": {"name": "drawn", "seed": seed},
         "records": {"schema": "dataset"},
@@ -62,7 +60,6 @@ def drawn(seed: int, laned: bool) -> dict[str, dict[str, Any]]:
         "plan": {"segments": segments, "edges": edges},
         **{f"networks.{name}": net(3 if name == last else WIDTH) for name in names},
     }
-    assert used
     if not laned:
         labels = next(edge["source"] for edge in edges if edge.get("kind") == "labels")
         for name in holders:
@@ -99,14 +96,10 @@ def batches(whole: Federation, other_order: bool) -> list[tuple[dict[str, Tensor
             x, y = (torch.cat(part) for part in zip(*parts, strict=True))
             found.append(({"data": x.flip(1) if other_order else x}, y))
         return found
-    sources = {n: a.party.worker.source for n, a in whole.parties.items() if a.party.worker.source}
-    some, found = next(iter(sources.values())), []
-    for epoch in range(whole.job.training.epochs):
-        order = order_of(TRAIN, b"other" if other_order else some._secret, some._job, epoch)
-        for begin, end in equal_parts(TRAIN, whole.job.training.batch):
-            rows = order[begin:end]
-            y = next(s.labels[rows] for s in sources.values() if s.records.schema.classes)
-            found.append(({f"data_{party}": s.features[rows] for party, s in sources.items()}, y))
+    plain, found = Joined(whole, other_order), []
+    for rows in plain.rows():
+        y = next(s.labels[rows] for s in plain.sources.values() if s.records.schema.classes)
+        found.append(({f"data_{party}": s.features[rows] for party, s in plain.sources.items()}, y))
     return found
 
 

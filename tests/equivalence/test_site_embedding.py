@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from federations import SITES, SIZES, job_of, records_of
+from federations import SITES, job_of, records_of, same_bits_in_any_order, small
 from partway.config import Job
 from partway.data.records import Records
 from partway.errors import CutError
@@ -17,7 +17,7 @@ from partway.protocol.messages import LetterKind
 from partway.simulation import Federation, federation, together
 from partway.train import metrics
 from partway.train.stopping import value
-from plain import OPTIMIZERS, Everything, far, made, same_bits_in_any_order
+from plain import OPTIMIZERS, Everything, far, made
 
 configurations = pytest.mark.parametrize("configuration", ["vanilla", "u_shaped"])
 HIDDEN = {"inputs": 6, "hidden": [8, 16, 12], "classes": 3}
@@ -229,4 +229,4 @@ def test_the_bits_do_not_depend_on_delivery(configuration: str) -> None:
         embedding({"gate": True, "shared_epochs": n}, sections, configuration, configuration=configuration)
         for n in (1, 2)
     ]
-    same_bits_in_any_order(jobs[0], SIZES, jobs[1])
+    same_bits_in_any_order(lambda: small(jobs[0]), 4, small(jobs[1]))

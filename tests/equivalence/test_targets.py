@@ -10,20 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from federations import SIZES, bits, difference, job_of
+from federations import SIZES, bits, difference, job_of, same_bits_in_any_order
 from federations import pooled as equality_of
-from partway.blueprint import configured
 from partway.config import Job, read_job
 from partway.data.records import Records, Target
 from partway.errors import ConfigError
 from partway.local import toml
-from partway.model.segment import initialise
-from partway.plan.batches import equal_parts, union_batches
+from partway.plan.batches import union_batches
 from partway.simulation import Federation, federation
-from partway.train.draws import first_weights, order_of
 from partway.train.targets import loss_of
 from partway.transport.memory import Wire
-from plain import OPTIMIZERS, Everything, made
+from plain import OPTIMIZERS, Everything, Joined, made
 
 KINDS = {
     "binary": Target(name="t", kind="binary", outputs=1),
@@ -166,34 +163,20 @@ def tasks_of() -> dict[str, Records]:
 
 
 def tasks_loop(whole: Federation, left_out: str = "") -> float:
-    job, plan = whole.job, configured(whole.job)
-    nets = {n: m.double() for n, m in whole.parties["a"].network.modules.items()}
-    for name, module in nets.items():
-        initialise(module, first_weights(whole.secrets[plan.place(plan.copies(name)[0])], whole.digest, name))
-    records = {p: a.party.worker.source.records for p, a in whole.parties.items() if a.party.worker.source}
-    source = whole.parties["a"].party.worker.source
-    optimizers = [torch.optim.Adam(net.parameters(), job.training.optimizer.lr) for net in nets.values()]
-    for epoch in range(job.training.epochs):
-        order = order_of(TRAIN, source._secret, source._job, epoch)
-        for begin, end in equal_parts(TRAIN, job.training.batch):
-            rows = order[begin:end]
-            z = nets["joined"](torch.cat([nets[f"bottom_{p}"](records[p].features[rows]) for p in WIDTH], 1))
-            losses = [
-                loss_of(target)(nets[f"trunk_{name}"](z), records[party].targets[name][rows]) / len(rows)
-                for name, (party, target) in TASKS.items()
-                if name != left_out
-            ]
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            sum(losses).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-    flat = {n: nn.utils.parameters_to_vector(net.parameters()).detach() for n, net in nets.items()}
-    segments = {c.segment: s for a in whole.parties.values() for c, s in a.party.worker.segments.items()}
-    assert segments.keys() == flat.keys()
-    return max(
-        float((s.weights() - flat[n]).abs().max()) for n, s in segments.items() if left_out not in n or not left_out
-    )
+    plain = Joined(whole)
+    nets = plain.nets
+
+    def loss(rows: Tensor) -> Tensor:
+        parts = [nets[f"bottom_{p}"](plain.sources[p].features[rows]) for p in WIDTH]
+        z = nets["joined"](torch.cat(parts, 1))
+        return sum(
+            loss_of(target)(nets[f"trunk_{name}"](z), plain.sources[party].records.targets[name][rows]) / len(rows)
+            for name, (party, target) in TASKS.items()
+            if name != left_out
+        )
+
+    plain.train(loss)
+    return max(far for name, far in plain.far().items() if name != f"trunk_{left_out}")
 
 
 def test_several_tasks_equal_their_summed_losses() -> None:
@@ -202,10 +185,7 @@ def test_several_tasks_equal_their_summed_losses() -> None:
     assert tasks_loop(whole) < 1e-10
     for name in TASKS:
         assert tasks_loop(whole, left_out=name) > 1e-5
-    for seed in range(3):
-        again = federation(multi_task(), tasks_of())
-        again.run(Wire(seed))
-        assert bits(again) == bits(whole)
+    same_bits_in_any_order(lambda: federation(multi_task(), tasks_of()), 3)
     scored = {e.target.name for a in whole.parties.values() for e in a.evaluations.values() if e.all}
     assert scored == set(TASKS)
 
@@ -241,26 +221,16 @@ def vertical(kind: str) -> Federation:
 def test_over_columns_equals_its_plain_loop(kind: str) -> None:
     whole, target = vertical(kind), KINDS[kind]
     whole.run()
-    sources = {p: a.party.worker.source for p, a in whole.parties.items() if a.party.worker.source}
 
     def far(loss: Callable[[Tensor, Tensor], Tensor]) -> float:
-        plan, nets = configured(whole.job), {n: m.double() for n, m in whole.parties["a"].network.modules.items()}
-        for name, module in nets.items():
-            initialise(module, first_weights(whole.secrets[plan.place(plan.copies(name)[0])], whole.digest, name))
-        optimizers = [torch.optim.Adam(net.parameters(), whole.job.training.optimizer.lr) for net in nets.values()]
-        for epoch in range(whole.job.training.epochs):
-            order = order_of(TRAIN, sources["a"]._secret, sources["a"]._job, epoch)
-            for begin, end in equal_parts(TRAIN, whole.job.training.batch):
-                rows = order[begin:end]
-                parts = [nets[f"bottom_{p}"](sources[p].features[rows]) for p in WIDTH]
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
-                (loss(nets["trunk"](torch.cat(parts, 1)), sources["c"].labels[rows]) / len(rows)).backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-        segments = {c: s for a in whole.parties.values() for c, s in a.party.worker.segments.items()}
-        flat = {n: nn.utils.parameters_to_vector(net.parameters()).detach() for n, net in nets.items()}
-        return max(float((s.weights() - flat[c.segment]).abs().max()) for c, s in segments.items())
+        plain = Joined(whole)
+
+        def of(rows: Tensor) -> Tensor:
+            parts = [plain.nets[f"bottom_{p}"](plain.sources[p].features[rows]) for p in WIDTH]
+            return loss(plain.nets["trunk"](torch.cat(parts, 1)), plain.sources["c"].labels[rows]) / len(rows)
+
+        plain.train(of)
+        return max(plain.far().values())
 
     loss = loss_of(target)
     assert far(loss) < 1e-10
