@@ -166,7 +166,7 @@ def test_another_list_of_ids_is_told_before_the_first_step(federation: LocalFede
     agreed = ids.read_text()
     try:
         ids.write_text("\n".join(reversed(agreed.splitlines())))
-        with pytest.raises(JobFailed, match="gave up"):
+        with pytest.raises(JobFailed, match="have other lists of records: match them anew"):
             federation.run(words(epochs=1), schema=schema_with_id())
         federation.wait_for_state("vitals", "failed")
         assert "another list of records" in federation.processes["vitals"].said["message"]

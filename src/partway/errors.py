@@ -10,6 +10,7 @@
     |   |-- CutError                    a network that cannot be cut there
     |   `-- TrustError                  a key, certificate or signature among our own files
     |-- PeerError                   1   another party said what it may not; `peer` names it
+    |   |-- OtherRecords                another party goes by another list of the same patients
     |   `-- LinkLost                    another party is gone, or silent for too long
     |-- Refused                     3   a site's policy said no; `reasons` has the enums
     `-- JobFailed                   1   the job stopped; the message says where and why
@@ -71,6 +72,10 @@ class PeerError(PartwayError):
     def __init__(self, peer: str, what: str) -> None:
         self.peer = peer
         super().__init__(f"{peer}: {what}")
+
+
+class OtherRecords(PeerError):
+    """Another party, with columns of the same patients, has others of them, or has them in another order."""
 
 
 class LinkLost(PeerError):

@@ -16,7 +16,7 @@ from torch import Tensor
 from partway import __version__
 from partway.cost import Cost
 from partway.egress import Door, associated, finite
-from partway.errors import JobFailed, PartwayError, PeerError, Refused
+from partway.errors import DataError, JobFailed, LinkLost, OtherRecords, PartwayError, PeerError, Refused
 from partway.plan.phases import Schedule
 from partway.plan.plan import Plan, Sizes, Turn
 from partway.privacy.blind_sum import BlindSum, ClearSum
@@ -112,7 +112,7 @@ class Party:
                     del self._held[key]
                     progress = (yield from self._take(early)) or progress
         except PartwayError as error:
-            yield from self.give_up(*_reason_for(error))
+            yield from self.give_up(*reason_for(error))
             raise
         if self.session.state is State.FAILED and self.session.failed_by != self.me:
             self.door.close()
@@ -310,12 +310,15 @@ class Party:
         return self.session.ready(confirmation, self._identity.sign(self._agreement_of(self.me, digest)))
 
 
-def _reason_for(error: PartwayError) -> tuple[Reason, str]:
+def reason_for(error: PartwayError) -> tuple[Reason, str]:
     """What the other parties are told of an error: an enum, and who is at fault."""
+    if isinstance(error, DataError):
+        return Reason.DATA, ""
     if isinstance(error, Refused) and error.reasons:
         return Reason[error.reasons[0]], ""
     if isinstance(error, PeerError):
-        return Reason.PEER, error.peer
+        kinds = {LinkLost: Reason.LOST, OtherRecords: Reason.UNMATCHED}
+        return kinds.get(type(error), Reason.PEER), error.peer
     return Reason.FAULT, ""
 
 
@@ -326,6 +329,8 @@ def given_up(party: str, failure: Fail | None) -> PartwayError:
         return JobFailed(f"{party} gave up: some site's records do not fit the job; its operator is told in what")
     if reason >= Reason.OPERATOR:
         return Refused(f"{blamed or party} refuses the job: {reason.name}; its own log has the words", [reason.name])
+    if reason is Reason.UNMATCHED:
+        return JobFailed(f"{party} and {blamed} have other lists of records: match them anew")
     if blamed:
         why = "is gone or silent" if reason is Reason.LOST else "said what it may not"
         return JobFailed(f"{party} gave up because {blamed} {why}; its own log has the words")

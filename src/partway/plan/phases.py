@@ -309,7 +309,7 @@ def same_counts(sizes: Sizes) -> Mapping[str, int]:
 
 
 def _told(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {part}" for part, count in counts.items())
+    return ", ".join(f"{count:,} {part}" for part, count in counts.items() if count) or "none"
 
 
 def checked(count: int, part: Part, step: int, epoch: int) -> Turn:

@@ -31,6 +31,8 @@ class Reason(IntEnum):
     """This party's records are not what the job expects."""
     FAULT = 5
     """This party's own program failed."""
+    UNMATCHED = 6
+    """This party and `peer`, which hold columns of the same patients, do not go by one list of them."""
     OPERATOR = 10
     """Policy: the job's operator is not on this site's list, or the signature is not theirs."""
     NETWORK = 11

@@ -26,7 +26,7 @@ from partway.data.schema import columns_of
 from partway.data.table import mismatch
 from partway.errors import DataError, JobFailed, LinkLost, PartwayError, PeerError, Refused, TrustError, UsageError
 from partway.outcome import result_of
-from partway.party import Out, given_up
+from partway.party import Out, given_up, reason_for
 from partway.protocol.messages import Bye, Fail, Greet, Head, Offer, Reason
 from partway.report import write_whole
 from partway.server.status import Status
@@ -332,15 +332,9 @@ class _Run:
 
     def give_up(self, error: PartwayError) -> None:
         """The other parties hear why, as an enum; a party that has told them already says nothing more."""
-        reason, peer = Reason.FAULT, ""
-        if self._submitted.stopped:
-            reason = Reason.STOPPED
-        elif isinstance(error, DataError):
-            reason = Reason.DATA
-        elif isinstance(error, Refused) and error.reasons:
-            reason, peer = Reason[error.reasons[0]], self._blamed
-        elif isinstance(error, PeerError):
-            reason, peer = Reason.LOST if isinstance(error, LinkLost) else Reason.PEER, error.peer
+        reason, peer = (Reason.STOPPED, "") if self._submitted.stopped else reason_for(error)
+        if reason >= Reason.OPERATOR:
+            peer = self._blamed
         self._post(self._party.give_up(reason, peer))
         self._update()
 

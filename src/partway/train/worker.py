@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from partway.cost import Cost
-from partway.errors import JobFailed, PeerError
+from partway.errors import JobFailed, OtherRecords, PeerError
 from partway.model.segment import Segment
 from partway.plan.plan import ONE, Copy, Optimizing, Plan, Turn
 from partway.privacy.blind_sum import ClearSum, Numbers, Words, add
@@ -270,7 +270,7 @@ class Worker:
             proof = self._taken(post)["rows"].cpu()
             if not torch.equal(proof, self._proofs.setdefault((copy, m), proof)):
                 sender, first = (self.plan.place(p.source) for p in (post, takes[0]))
-                raise PeerError(sender, f"sent rows of other records than {first}, or in another order")
+                raise OtherRecords(sender, f"sent rows of other records than {first}, or in another order")
             if (post.source, m) in self._lacks:
                 self._lacks[copy, m] = self._lacks[post.source, m]
 
@@ -539,8 +539,9 @@ class Worker:
         if self.plan[copy.segment].kind == "records":
             others = [self.plan.place(p.source) for p in takes if not torch.equal(self._taken(p)["x"].cpu(), mine)]
             if others:
-                words = f"another list of records than {self.plan.place(copy)}, as {', '.join(others)}: match them anew"
-                raise PeerError(others[0], f"has {words}")
+                too = f", and so have {', '.join(others[1:])}" if others[1:] else ""
+                words = f"has another list of records than {self.plan.place(copy)}{too}: match them anew"
+                raise OtherRecords(others[0], words)
             return
         for post in takes:
             if not torch.equal(self._taken(post)["x"].cpu(), mine):
