@@ -13,6 +13,7 @@ from federations import SIZES, bits, job_of, small
 from partway.errors import JobFailed, PartwayError, PeerError, Refused
 from partway.outcome import result_of
 from partway.plan.plan import Copy
+from partway.plan.schedules import SCHEDULES
 from partway.protocol.messages import Counts, Hello, Letter, LetterKind, Message, Ready
 from partway.simulation import SERVER, Federation, permissive, together
 from partway.transport.memory import Wire
@@ -266,14 +267,28 @@ def test_all_objections_come_at_once() -> None:
 # -- who holds what
 
 
-def test_who_holds_what_at_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_who_holds_what_at_the_end(schedule: str) -> None:
+    """With an evaluation, for which the trunk visits the sites: they do not keep it."""
+    local = {"rounds": 1, "local_epochs": 1}
+    whole = small(job_of({"evaluation": {"every": 1}}, schedule=schedule, half_trained=local))
+    whole.run()
+    own, server = (result_of(whole.parties[p], 0.0) for p in ("a", "server"))
+    gated = schedule == "private"  # the server keeps both networks, and the sites what they have chosen
+    assert own.weights.keys() == {"hidden.0.weight", "hidden.0.bias"}
+    trunk = [name for name in whole.parties["a"].network.whole.state_dict() if not name.startswith("hidden.0")]
+    assert server.weights.keys() == {*trunk, *(f"shared.{name}" for name in trunk if gated)}
+    assert own.holds["a"] == ["bottom"]
+    assert own.holds["server"] == ["trunk"]
+
+
+def test_who_holds_what_is_told(tmp_path: Path) -> None:
     terms = job_of({"result": {"bottom": "sites", "trunk": "server"}})
     whole = small(terms, folder=tmp_path)
     whole.run()
     result = together(whole, 0.0)
     assert result.holds == {"server": ["trunk"]} | {site: ["bottom"] for site in SIZES}
     own, server = (result_of(whole.parties[p], 0.0) for p in ("a", "server"))
-    assert set(own.weights) == {"hidden.0.weight", "hidden.0.bias"}
     assert not own.whole
     assert set(own.weights).isdisjoint(server.weights)
     shared = small(job_of({"result": {"trunk": "everyone", "bottom": "everyone"}}))

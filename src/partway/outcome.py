@@ -11,8 +11,8 @@ from torch import Tensor
 
 from partway.assembly import Assembled
 from partway.config import Job
-from partway.plan.phases import at_sites, central, original
-from partway.plan.plan import Copy, Plan, Turn
+from partway.plan.phases import at_sites, original
+from partway.plan.plan import EACH, Copy, Plan, Turn
 from partway.plan.private import EMBEDDING, STEM, is_shared
 from partway.report import Result, machine
 from partway.train.scoring import AnyScores, read_figures
@@ -108,7 +108,8 @@ def _holders(job: Job, plan: Plan) -> dict[str, list[str]]:
     """Who holds which segments at the end, by the job's `[result]`."""
     if not plan.sites:
         return {p: [n for n in plan.nets if plan.place(plan.copies(n)[0]) == p] for p in plan.parties}
-    sites, hub = list(at_sites(plan)), [*central(plan), *([EMBEDDING] if job.embeds else [])]
+    sites, hub = ([n for n in plan.nets if (plan[n].at == EACH) is home] for home in (True, False))
+    hub += [EMBEDDING] if job.embeds else []
     at_site = sites + (hub if job.result.trunk == "everyone" else [])
     at_hub = hub + (sites if job.result.bottom == "everyone" else [])
     return {**dict.fromkeys(plan.sites, at_site), plan.hub: at_hub}
