@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from partway import cli
-from partway.config import Connection, Policy, Site, SiteHeader
+from partway.config import Connection, Policy, Site, SiteHeader, read_job_file
 from partway.local import toml
 from partway.site import show
 from partway.site.releases import Releases
 
+ROOT = Path(__file__).resolve().parent.parent
 JOB = {
     "job": {"name": "thyroid", "seed": 1},
     "network": {
@@ -352,6 +353,38 @@ def test_a_preview_of_each_schedule(type_: Type, training: dict[str, object], to
     assert (code, err) == (0, "")
     assert told in out
     assert "decoder" not in out
+
+
+@pytest.mark.parametrize(
+    ("example", "party", "told", "values"),
+    [
+        ("vertical", "history", "activations (bottom_history -> trunk) to server, in the clear for the receiver", 16),
+        ("vertical", "registry", "labels (data_registry -> trunk) to server, in the clear for the receiver", 1),
+        ("extended_vanilla", "vitals", "activations (bottom_vitals -> middle) to laboratory, sealed", 16),
+        ("extended_vanilla", "laboratory", "activations (middle -> trunk) to server, in the clear for the receiver", 0),
+        (
+            "multi_task",
+            "history",
+            "activations (bottom_history -> joined) to server, in the clear",
+            16,
+        ),
+    ],
+)
+def test_a_preview_of_columns_of_the_same_patients(
+    type_: Type, example: str, party: str, told: str, values: int
+) -> None:
+    """No values of what is made of others' letters."""
+    job, records = ROOT / "examples" / f"{example}.toml", ROOT / "src/partway/data/bundled/support.csv.gz"
+    site = {"site": {**SITE["site"], "name": party}, "data": {"path": str(records)}}
+    Path("site.toml").write_text(toml(SITE | site))
+    code, out, err = type_(f"site preview site.toml {job} --json")
+    assert (code, err) == (0, "")
+    (found,) = (row for row in json.loads(out)["leaves"] if told.startswith(f"{row['what']} to {row['to']}, "))
+    assert found["how"].startswith(told.partition(", ")[2])
+    assert len(found["values"] or []) == values
+    Path("site.toml").write_text(toml(SITE | {"site": {**SITE["site"], "name": "elsewhere"}}))
+    code, _, err = type_(f"site preview site.toml {job}")
+    assert (code, err) == (2, f"partway: elsewhere has no part in the job {read_job_file(job).job.name}\n")
 
 
 def test_a_preview_counts_releases_in_jobs_before(type_: Type) -> None:

@@ -26,6 +26,7 @@ from partway.model.segment import initialise
 from partway.plan.batches import equal_parts
 from partway.privacy.blind_sum import BlindSum
 from partway.privacy.seal import Keys
+from partway.report import read_left
 from partway.site import match
 from partway.train.draws import derived, first_weights, order_of
 from partway.train.source import RecordSource
@@ -33,6 +34,8 @@ from partway.train.source import RecordSource
 EXAMPLE = read_job_file(Path("examples/vertical.toml"))
 RECORDS = 1200
 LACKING = 100
+NEW = 60
+"""Patients of whom nobody has trained; `vitals` lacks some, and nobody knows what becomes of them."""
 
 
 def schema_with_id() -> str:
@@ -43,15 +46,28 @@ def schema_with_id() -> str:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A file for each party: its own columns, its own order of rows, some patients of others; and the agreed ids."""
-    table = load(Path("src/partway/data/bundled/support.csv.gz"))
-    rows = table.frame.head(RECORDS + 50).rows(named=True)
+    paths = write(tmp_path_factory.mktemp("records"), 0, RECORDS + 50, LACKING, RECORDS, labelled=True)
+    agree_on_ids(paths)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same of new patients, without what became of them."""
+    paths = write(tmp_path_factory.mktemp("new"), RECORDS + 50, NEW, 5, NEW, labelled=False)
+    agree_on_ids(paths)
+    return paths
+
+
+def write(folder: Path, begin: int, count: int, lacking: int, known: int, labelled: bool) -> dict[str, Path]:
+    """Files of so many patients; `vitals` lacks the first of them, the registry knows the first of them."""
+    rows = load(Path("src/partway/data/bundled/support.csv.gz")).frame.slice(begin, count).rows(named=True)
     label = bundled_schema("support").schema.label
-    folder = tmp_path_factory.mktemp("records")
     paths = {}
     for party, held in EXAMPLE.holds.items():
-        columns = [*held.columns, *([label] if held.targets else [])]
-        mine = [{"patient": f"p{n:05}", **{name: row[name] for name in columns}} for n, row in enumerate(rows)]
-        mine = {"vitals": mine[LACKING:], "registry": mine[:RECORDS]}.get(party, mine)
+        columns = [*held.columns, *([label] if held.targets and labelled else [])]
+        mine = [{"patient": f"p{n:05}", **{name: row[name] for name in columns}} for n, row in enumerate(rows, begin)]
+        mine = {"vitals": mine[lacking:], "registry": mine[:known]}.get(party, mine)
         random.Random(party).shuffle(mine)
         (folder / party).mkdir()
         paths[party] = folder / party / "records.csv"
@@ -59,7 +75,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             writer = csv.DictWriter(file, ["patient", *columns])
             writer.writeheader()
             writer.writerows(mine)
-    agree_on_ids(paths)
     return paths
 
 
@@ -77,8 +92,10 @@ def agree_on_ids(paths: dict[str, Path]) -> None:
 
 
 @pytest.fixture(scope="module")
-def federation(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFederation]:
-    with LocalFederation(tmp_path_factory.mktemp("federation"), files, silence=5) as running:
+def federation(
+    files: dict[str, Path], new: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalFederation]:
+    with LocalFederation(tmp_path_factory.mktemp("federation"), files, silence=5, predict=new) as running:
         running.start()
         yield running
 
@@ -176,3 +193,36 @@ def test_another_list_of_ids_is_told_before_the_first_step(federation: LocalFede
     finally:
         ids.write_text(agreed)
     federation.run(words(epochs=1), schema=schema_with_id())
+
+
+def test_they_predict_together_of_new_patients(federation: LocalFederation, new: dict[str, Path]) -> None:
+    trained = federation.run(words(epochs=2), schema=schema_with_id())
+    asks = {**words(epochs=2), "predict": {"of": trained.status.id}}
+    told = federation.run(asks, schema=schema_with_id())
+    assert [p for p in told.folders if (told.folders[p] / "predictions.csv").exists()] == ["registry"]
+    with (told.folders["registry"] / "predictions.csv").open(newline="") as file:
+        rows = {row["patient"]: float(row["died"]) for row in csv.DictReader(file)}
+    assert sorted(rows) == [f"p{n:05}" for n in range(RECORDS + 50, RECORDS + 50 + NEW)]
+
+    job = read_job(toml(asks), schema=schema_with_id())
+    nets = network_of(job, Policy(networks=list(job.builds)), schemas_of(job)).modules
+    left = {
+        party: read_left(folder / "segments.safetensors")
+        for party, folder in trained.folders.items()
+        if party != "registry"
+    }
+    for name, net in nets.items():
+        weights = {k: v for each in left.values() for k, v in each.weights.items()}
+        net.load_state_dict({key: weights[f"{name}.{key}"] for key in net.state_dict()})
+    parts = []
+    for party in ("history", "vitals", "laboratory"):
+        ids = matched.read_ids(new[party].with_name("ids.txt"))
+        records = matched.records_of(load(new[party]), job, job.holds[party], ids)
+        scaling = left[party].scaling
+        here = torch.tensor([[1.0 if name else 0.0] for name in ids.values()])
+        assert int(here.sum()) == NEW - (5 if party == "vitals" else 0)
+        parts.append(nets[f"bottom_{party}"](records.scaled(scaling["mean"], scaling["deviation"]).float()) * here)
+    names = matched.read_ids(new["registry"].with_name("ids.txt")).values()
+    expected = dict(zip(names, nets["trunk"](torch.cat(parts, 1)).softmax(1)[:, 1].tolist(), strict=True))
+    assert max(abs(rows[name] - expected[name]) for name in names) < 2e-6
+    assert max(abs(rows[name] - other) for name, other in zip(names, reversed(expected.values()), strict=True)) > 0.05

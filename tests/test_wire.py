@@ -102,10 +102,11 @@ def test_kinds_and_reasons_keep_their_numbers() -> None:
         "NORM",
     )
     assert [(k.name, int(k)) for k in LetterKind] == [(name, n) for n, name in enumerate(kinds, 1)]
-    of_a_party = ("STOPPED", "PEER", "LOST", "DATA", "FAULT")
+    of_a_party = ("STOPPED", "PEER", "LOST", "DATA", "FAULT", "UNMATCHED")
     of_a_policy = (
         *("OPERATOR", "NETWORK", "NETWORK_SIZE", "ROSTER", "LABELS", "WIDTH", "EPOCHS"),
         *("SITES", "RECORDS", "SCORES", "CLEAR_SUM", "RESULT", "BATCHNORM", "EVALUATION", "REPEATED", "RELEASES"),
+        *("PREDICTIONS", "EARLIER"),
     )
     expected = [*enumerate(of_a_party, 1), *enumerate(of_a_policy, 10)]
     assert [(int(r), r.name) for r in Reason] == expected

@@ -17,7 +17,7 @@ from partway.cost import Cost, forecast
 from partway.data.records import Records, Schema, Target, statistics_of
 from partway.data.schema import columns_of, layout, part_of
 from partway.egress import Door, Tap
-from partway.errors import ConfigError
+from partway.errors import ConfigError, Refused, UsageError
 from partway.ledger import Ledger
 from partway.model.head import SiteVector, decoder, local_head
 from partway.model.segment import Segment, has_batchnorm, initialise
@@ -25,20 +25,22 @@ from partway.party import Identity, Party
 from partway.plan.decoders import DECODER, semi_supervised
 from partway.plan.options import Options, with_options
 from partway.plan.phases import HELD, LOCAL_HEAD, SHELF, Schedule, Settings, at_sites, original
-from partway.plan.plan import Optimizing, Plan, Sizes, Turn
+from partway.plan.plan import Copy, Optimizing, Plan, Sizes, Turn
+from partway.plan.predicting import predicting, told
 from partway.plan.private import EMBEDDING, OWN, SHARED, STEM
 from partway.plan.rate import Rate
 from partway.plan.schedules import SCHEDULES, every_party
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
 from partway.protocol.messages import Reason
 from partway.protocol.net import compile
+from partway.report import Left, read_left
 from partway.shapes import Piece, Shapes, measure
 from partway.train.baselines import OptimizerOf
 from partway.train.draws import derived, first_weights, forward_seed
 from partway.train.scoring import FIGURES, size_of_counts, value
 from partway.train.source import RecordSource, Shelf
 from partway.train.stopping import Best
-from partway.train.tallies import Classes, Evaluation, Moments, Squares, Tally
+from partway.train.tallies import Classes, Evaluation, Moments, Squares, Tally, Told
 from partway.train.targets import loss_of, whole_batch
 from partway.train.worker import Worker
 from partway.wire.tensors import NAMES
@@ -107,6 +109,8 @@ def plan_of(job: Job, server: str) -> tuple[Plan, Schedule]:
         scaled=training.precision == "float16",
     )
     plan = configured(job, server)
+    if job.predict is not None:
+        return predicting(plan)
     plan, schedule = SCHEDULES[training.schedule](plan, settings) if plan.sites else every_party(plan, settings)
     schedule = with_options(plan, schedule, options)
     alpha = training.semi_supervised.alpha
@@ -269,6 +273,8 @@ class Place:
     records: Records | None = None
     folder: Path | None = None
     """Where the ledger goes; None keeps none."""
+    earlier: Path | None = None
+    """Where jobs before this one have left their folders."""
     device: str = "auto"
     tap: Tap | None = None
     released: int = 0
@@ -285,6 +291,8 @@ class Assembled:
     job: Job
     plan: Plan
     network: Parts
+    targets: dict[str, Target]
+    """Of each segment with a loss."""
     ledger: Ledger
     evaluations: dict[str, Evaluation]
     """What this party has counted, or heard of counts, by tally: over its own records, or what was released or sent."""
@@ -324,6 +332,7 @@ def assemble(
         if copy.segment == original(copy.segment):
             initialise(module, first_weights(secret, digest, copy.segment))
         segments[copy] = Segment(module, dtype, device)
+    left = take_left(place.earlier, job, network, segments) if job.predict and segments else None
     ledger = Ledger(
         place.folder / "ledger.jsonl" if place.folder else None, derived(secret, "ledger"), place.identity.sign
     )
@@ -335,11 +344,12 @@ def assemble(
     counted = {"scores": target} if plan.sites else {f"scores_{loss}": t for loss, t in targets.items()}
     evaluations = {name: Evaluation(t) for name, t in counted.items()}
     own = {name: Evaluation(target) for name in (OWN, SHARED)}
-    source, evaluation, classes = None, next(iter(evaluations.values())), Classes(target.classes)
+    evaluation, classes, source = next(iter(evaluations.values())), Classes(target.classes), None
     if place.records is not None:
         source = RecordSource(place.records, secret, digest, dtype, device)
-        if not plan.sites and len(place.records.numeric):  # all patients of these columns are here
-            source.standardise(*statistics_of([place.records]))
+        _standardise(source, plan, left)
+    tallies: dict[str, Tally] = {**_tallies(source, evaluation, classes), **own} if plan.sites else {**evaluations}
+    tallies |= _told(plan.placed(me, "tally"), targets, source)
     rule = Best(job.training.patience)
     worker = Worker(
         plan,
@@ -348,7 +358,7 @@ def assemble(
         optimizers=optimizers_of(job),
         source=source,
         stores={c.segment: Shelf(job.sites, secret, digest) for c in plan.placed(me, "store") if c.segment == SHELF},
-        tallies=_tallies(source, evaluation, classes) | own if plan.sites else evaluations,
+        tallies=tallies,
         judges=dict.fromkeys((*counted, HELD), lambda: rule.look(evaluation.all[-1][2])),
         better=lambda one, other: _better(own[one], own[other]),
         reports={"scores": evaluation.report_all, "own_scores": evaluation.report_own, "classes": classes.report},
@@ -380,7 +390,9 @@ def assemble(
         blind=job.training.sums == "blind",
         group=derived(secret, "group", digest.hex()),
     )
-    return Assembled(party=party, job=job, plan=plan, network=network, ledger=ledger, evaluations=evaluations)
+    return Assembled(
+        party=party, job=job, plan=plan, network=network, targets=targets, ledger=ledger, evaluations=evaluations
+    )
 
 
 def _weights(classes: Classes, worker: Worker) -> Tensor:
@@ -395,6 +407,21 @@ def _better(one: Evaluation, other: Evaluation) -> bool:
     if "validation" not in one.own:
         return False
     return value(one.own["validation"]) > value(other.own["validation"])
+
+
+def _standardise(source: RecordSource, plan: Plan, left: Left | None) -> None:
+    """As an earlier job has done it; or by this party's own records, if it has those columns of all patients."""
+    if left is not None and left.scaling:
+        source.standardise(left.scaling["mean"], left.scaling["deviation"])
+    elif not plan.sites and len(source.records.numeric):
+        source.standardise(*statistics_of([source.records]))
+
+
+def _told(copies: Sequence[Copy], targets: Mapping[str, Target], source: RecordSource | None) -> dict[str, Tally]:
+    """Where this party gathers what it is told of its records."""
+    lanes = {copy.segment: copy.lane for copy in copies}
+    here = {told(loss): target for loss, target in targets.items() if told(loss) in lanes}
+    return {} if source is None else {n: Told(source, t.outputs, lanes[n]) for n, t in here.items()}
 
 
 def _tallies(source: RecordSource | None, evaluation: Evaluation, classes: Classes) -> dict[str, Tally]:
@@ -414,6 +441,35 @@ def _refuse_batchnorm(me: str, job: Job, plan: Plan, network: Parts) -> None:
         if plan[name].laned and len(plan.sites) > 1:
             words = f"the {name} has BatchNorm at {found}, whose statistics differ at each site; use GroupNorm"
             refuse(me, [Objection(Reason.BATCHNORM, words)])
+
+
+def take_left(earlier: Path | None, job: Job, network: Parts, segments: Mapping[Copy, Segment]) -> Left:
+    """What the job that `[predict]` names has left here; the segments take it. Raises `Refused` if it does not fit."""
+    assert job.predict is not None
+    folder = next(earlier.glob(f"*-{job.predict.of}"), None) if earlier is not None else None
+    words = f"[predict] of = `{job.predict.of}`: "
+    if folder is None:
+        raise Refused(f"{words}no such job has run here", [Reason.EARLIER.name])
+    file = next((f for f in (folder / "network.safetensors", folder / "segments.safetensors") if f.exists()), None)
+    if file is None:
+        raise Refused(f"{words}it has left no network in {folder}", [Reason.EARLIER.name])
+    left = read_left(file)
+    if _recipe(left.job) != _recipe(job):
+        raise Refused(f"{words}its network, records or parties were not those of this job", [Reason.EARLIER.name])
+    for copy, segment in segments.items():
+        prefix = network.prefix(copy.segment)
+        try:
+            segment.load_tensors({name: left.weights[prefix + name] for name in segment.tensors()})
+        except (KeyError, UsageError):
+            raise Refused(f"{words}it has left no {copy.segment} in {folder}", [Reason.EARLIER.name]) from None
+    return left
+
+
+def _recipe(job: Job) -> tuple[object, ...]:
+    """What must be the same in a job that trains and one that predicts."""
+    training = job.training
+    where = job.configuration, training.join, training.middle, training.hops, job.plan, job.holds
+    return job.network, job.networks, training.dtype, where, job.records, job.columns
 
 
 def device_of(name: str) -> str:

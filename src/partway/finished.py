@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
 import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from partway.assembly import network_of, schema_of
-from partway.config import ClassesTarget, Job, MultiLabelTarget, Policy, RegressionTarget, SurvivalTarget
-from partway.data.labels import learnt
+from partway.config import Job, Policy
+from partway.data.predictions import names_of, told_of, written
 from partway.data.schema import columns_of, features_of
-from partway.data.table import Checked, Table
-from partway.errors import DataError, UsageError
-from partway.report import write_whole
-from partway.train.scoring import survival
+from partway.data.table import Table, unlabelled
+from partway.errors import UsageError
+from partway.report import read_left, write_whole
 
 ZOO = ("partway.model.zoo:mlp", "partway.model.zoo:cnn")
 """Networks that are built without asking, for they are Partway's own."""
@@ -43,7 +38,7 @@ class Finished(nn.Module):
     def __init__(self, job: Job, network: nn.Module, numeric: Sequence[int], mean: Tensor, deviation: Tensor) -> None:
         super().__init__()
         self.job, self.network, self.target = job, network, schema_of(job).target()
-        self.names = names_of(job)
+        self.names = names_of(columns_of(job), self.target)
         """Of the numbers that come out."""
         mean_F, deviation_F = torch.zeros(2, *schema_of(job).shape)
         deviation_F += 1
@@ -54,36 +49,11 @@ class Finished(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Features, shape (records, features), NaN where a value was not measured, to shape (records, outputs).
 
-        Probabilities of classes and of answers; a number in its own unit; of survival the chance to live until the end
-        of each interval, or a risk: how many times that of a record for which the network puts out 0.
+        What the outputs say is in `told_of`.
         """
         scaled = (features - self.mean) / self.deviation
         outputs: Tensor = self.network(torch.where(torch.isnan(scaled), 0.0, scaled))
-        if self.target.kind == "classes":
-            return outputs.softmax(1)
-        if self.target.kind in ("binary", "multi_label"):
-            return outputs.sigmoid()
-        if self.target.kind == "survival":
-            return survival(outputs) if self.target.intervals else outputs.exp()
-        settings = columns_of(self.job).targets[self.target.name]
-        assert isinstance(settings, RegressionTarget)
-        return learnt(settings, outputs)
-
-
-def names_of(job: Job) -> tuple[str, ...]:
-    """What each number that comes out of a job's network is called."""
-    columns, target = columns_of(job), schema_of(job).target()
-    settings = columns.targets.get(target.name)
-    if settings is None:
-        return tuple(columns.classes)
-    if isinstance(settings, ClassesTarget):
-        return tuple(settings.classes)
-    if isinstance(settings, MultiLabelTarget):
-        return settings.columns
-    unit = f" {settings.unit}" if isinstance(settings, RegressionTarget | SurvivalTarget) and settings.unit else ""
-    if isinstance(settings, SurvivalTarget):
-        return tuple(f"after {end:g}{unit}" for end in settings.intervals) or ("risk",)
-    return (f"{target.name}{f' in{unit}' if unit else ''}",)
+        return told_of(columns_of(self.job), self.target, outputs)
 
 
 def load(path: Path, allowed: Sequence[str] = ZOO) -> Finished:
@@ -98,18 +68,13 @@ def load(path: Path, allowed: Sequence[str] = ZOO) -> Finished:
     """
     file = path / "network.safetensors" if path.is_dir() else path
     if not file.exists():
-        half = " (it has half of one: the job's [result] gives the other to somebody else)"
+        half = " (it has half of one, and another party the other: they predict together, by a job with [predict])"
         there = path.is_dir() and (path / "segments.safetensors").exists()
         raise UsageError(f"{path} has no network.safetensors{half if there else ''}")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata, weights = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        job = msgspec.convert(json.loads(metadata["job"]), Job)
-        scaling = {name: torch.tensor(numbers) for name, numbers in json.loads(metadata["scaling"]).items()}
-    except (SafetensorError, OSError, KeyError, ValueError, msgspec.ValidationError) as error:
-        raise UsageError(f"{file}: no network that a job has left ({str(error).splitlines()[0]})") from None
+    left = read_left(file)
+    job, scaling, weights = left.job, left.scaling, left.weights
     if not job.laned:
-        words = "its parties hold columns of the same patients: predicting with all of them is not there yet"
+        words = "its parties hold columns of the same patients: they predict together, by a job with [predict]"
         raise UsageError(f"{file}: {words}")
     network = network_of(job, Policy(networks=list(allowed), most_parameters=2**31 - 1), schema_of(job)).whole
     numeric = [n for n, feature in enumerate(features_of(columns_of(job), job.records.scale)) if feature.by_statistics]
@@ -136,22 +101,12 @@ def predict(finished: Finished, table: Table, site: str | None = None, units: Ma
     Raises:
         DataError: the file does not fit the schema.
     """
-    columns = columns_of(finished.job)
-    checked = Checked(table, columns, targets=())
-    checked.structure(site, units or {})
-    checked.content(site)
-    if checked.faults:
-        raise DataError(f"{table.path}: {'; '.join(fault.words for fault in checked.faults)}")
-    features = torch.stack([f.values for f in checked.features(finished.job.records.scale)], 1)
+    job = finished.job
+    columns = columns_of(job)
+    records = unlabelled(table, columns, job.records.scale, job.records.target, site=site, units=units)
     with torch.no_grad():
-        told = finished(features.float())
-    names, text, classes = finished.names, io.StringIO(), finished.target.kind == "classes"
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([table.row, *(["predicted"] if classes else []), *names])
-    for row, found in zip(checked.rows, told, strict=True):
-        likeliest = [names[int(found.argmax())]] if classes else []
-        writer.writerow([row, *likeliest, *(f"{number:.6f}" for number in found.tolist())])
-    return text.getvalue()
+        told = finished(records.features.float())
+    return written(columns, finished.target, told, records.called, records.names)
 
 
 def export(finished: Finished, path: Path) -> None:

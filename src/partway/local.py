@@ -34,6 +34,7 @@ from partway.transport.grpc import Credentials, call
 OPERATOR, SERVER = "study-office", "server"
 _SERVER_ALLOWS = {
     "trunk_to_everyone": True,
+    "predictions_may_leave": True,
     "clear_sums": True,
     "solvable_sums": True,
     "least_records_in_sum": 0,
@@ -93,6 +94,7 @@ class LocalFederation:
     Args:
         folder: where everything is left.
         records: by party, its CSV file; None at a site that only runs layers. The server's too, if it has some.
+        predict: the same of the records that jobs with `[predict]` are about.
         policy: of every site, over what training on these records needs.
         silence: seconds without a sign of life after which a link is given up.
     """
@@ -103,6 +105,7 @@ class LocalFederation:
         records: Mapping[str, Path | None],
         policy: Mapping[str, Any] | None = None,
         silence: float = 30,
+        predict: Mapping[str, Path] | None = None,
     ) -> None:
         self.folder, self.sites = folder, tuple(name for name in records if name != SERVER)
         self.processes: dict[str, Process] = {}
@@ -113,13 +116,16 @@ class LocalFederation:
         identities = {SERVER: self._admit(SERVER, pki.Role.SERVER, ["localhost"])}
         allowed = {"networks": list(ZOO), "operators": [OPERATOR], "labels_may_leave": True}
         header = {"listen": "localhost:0", "silence": silence}
-        self._write(SERVER, server=header, policy={**allowed, **_SERVER_ALLOWS}, data=_data(records.get(SERVER)))
+        new = {name: _data((predict or {}).get(name)) for name in records}
+        data = {"data": _data(records.get(SERVER)), "predict": new.get(SERVER, {})}
+        self._write(SERVER, server=header, policy={**allowed, **_SERVER_ALLOWS}, **data)
         for site in self.sites:
             identities[site] = self._admit(site, pki.Role.SITE)
             self._write(
                 site,
                 site={"name": site, "server": "localhost:0", "silence": silence},
                 data=_data(records[site]),
+                predict=new[site],
                 policy={**allowed, "scores_may_leave": True, **(policy or {})},
             )
         self.fingerprints = {name: identity.fingerprint for name, identity in identities.items()}

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from partway.assembly import Assembled
 from partway.config import Job
+from partway.data.predictions import told_of, written
+from partway.data.schema import columns_of
 from partway.plan.phases import at_sites, original
 from partway.plan.plan import EACH, Copy, Plan, Turn
+from partway.plan.predicting import told
 from partway.plan.private import EMBEDDING, STEM, is_shared
 from partway.report import Result, machine
 from partway.train.scoring import AnyScores, read_figures
 from partway.train.source import RecordSource
-from partway.train.tallies import Evaluation
+from partway.train.tallies import Evaluation, Told
 
 
 def result_of(assembled: Assembled, seconds: float) -> Result:
@@ -34,7 +37,7 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
     sites = {site: s for turn, site, s in told if turn.flow == "report_own"}
     if "test" in evaluation.own and assembled.plan.sites:
         sites[me] = evaluation.own["test"]
-    weights = weights_of(assembled)
+    weights = {} if job.predict else weights_of(assembled)
     return Result(
         job=msgspec.to_builtins(job),
         party=me,
@@ -54,7 +57,20 @@ def result_of(assembled: Assembled, seconds: float) -> Result:
         scaling=_scaling(worker.source),
         whole=weights.keys() == assembled.network.whole.state_dict().keys(),
         weights=weights,
+        predictions=_predictions(assembled),
     )
+
+
+def _predictions(assembled: Assembled) -> dict[str, str]:
+    """What this party has been told of its records, by target."""
+    job, worker, found = assembled.job, assembled.party.worker, {}
+    for loss, target in assembled.targets.items():
+        tally = worker.tallies.get(told(loss))
+        if isinstance(tally, Told) and worker.source is not None:
+            columns, records = columns_of(job), worker.source.records
+            answer = told_of(columns, target, tally.outputs)
+            found[target.name] = written(columns, target, answer, records.called, records.names)
+    return found
 
 
 def _by_target(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:

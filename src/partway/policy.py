@@ -149,6 +149,10 @@ def _judge_edge(policy: Policy, me: str, shapes: Shapes, edge: Edge) -> Iterator
     if held[edge.source] and edge.kind == "labels" and not policy.labels_may_leave:
         words = f"labels would leave ({edge}); [policy] labels_may_leave is false: a u_shaped job keeps them here"
         yield Objection(Reason.LABELS, words)
+    told = edge.kind == "activations" and plan[edge.target].kind == "tally"
+    if held[edge.source] and told and not policy.predictions_may_leave:
+        words = f"predictions would leave ({edge}); [policy] predictions_may_leave is false"
+        yield Objection(Reason.PREDICTIONS, words)
     if held[edge.source] and edge.source == "own_scores" and not policy.scores_may_leave:
         words = "this site's own scores would leave; [policy] scores_may_leave is false"
         yield Objection(Reason.SCORES, words)

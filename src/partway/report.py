@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from partway import __version__
+from partway.config import Job
 from partway.cost import Cost
-from partway.errors import JobFailed
+from partway.errors import JobFailed, UsageError
 
 
 @dataclass
@@ -54,14 +57,18 @@ class Result:
     """Whether `weights` are the whole network."""
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """What this party may hold, by original name; not part of `result.json`."""
+    predictions: dict[str, str] = field(default_factory=dict, repr=False)
+    """Of a job that predicts, at who holds the labels: by target, a CSV file; not part of `result.json`."""
 
     def words(self) -> dict[str, Any]:
         """Everything but the weights, as plain data."""
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weights"}
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _APART}
         return named | {"cost": {party: asdict(cost) for party, cost in self.cost.items()}}
 
     def write(self, folder: Path) -> list[Path]:
         """`result.json`, and the weights: `network.safetensors` if they are the whole, else `segments.safetensors`.
+
+        Or predictions: `predictions.csv`, or a file for each of several targets, `predictions-TARGET.csv`.
 
         Each file is written whole or not at all; raises `JobFailed` if the disk does not take it.
         """
@@ -73,7 +80,37 @@ class Result:
             metadata = {"job": json.dumps(self.job), "scaling": json.dumps(self.scaling)}
             contiguous = {name: tensor.contiguous() for name, tensor in self.weights.items()}
             write_whole(files[1], save(contiguous, metadata=metadata))
+        for target, text in self.predictions.items():
+            several = f"-{target}" if len(self.predictions) > 1 else ""
+            files.append(folder / f"predictions{several}.csv")
+            write_whole(files[-1], text.encode())
         return files
+
+
+_APART = ("weights", "predictions")
+"""Files of their own."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a job has left at a party of its network."""
+
+    job: Job
+    scaling: dict[str, Tensor]
+    """Mean and deviation, as in `Result.scaling`."""
+    weights: dict[str, Tensor]
+
+
+def read_left(file: Path) -> Left:
+    """What `Result.write` has written. Raises `UsageError` if it is no such file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata, weights = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        job = msgspec.convert(json.loads(metadata["job"]), Job)
+        scaling = {name: torch.tensor(numbers) for name, numbers in json.loads(metadata["scaling"]).items()}
+    except (SafetensorError, OSError, KeyError, ValueError, msgspec.ValidationError) as error:
+        raise UsageError(f"{file}: no network that a job has left ({str(error).splitlines()[0]})") from None
+    return Left(job, scaling, weights)
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -47,6 +47,7 @@ def permissive(*builds: str) -> Policy:
         solvable_sums=True,
         least_records_in_counts=1,
         clear_sums=True,
+        predictions_may_leave=True,
     )
 
 
@@ -108,6 +109,7 @@ def federation(
     policies: Mapping[str, Policy] | None = None,
     taps: Mapping[str, Tap] | None = None,
     folder: Path | None = None,
+    earlier: Path | None = None,
     device: str = "auto",
 ) -> Federation:
     """All parties of a job, each with its own certificate, secret, policy, door and ledger.
@@ -117,6 +119,7 @@ def federation(
         policies: of parties that do not allow everything.
         taps: see every plaintext that leaves a party.
         folder: each party's ledger goes into a folder of its name here.
+        earlier: what jobs before this one have left at each party is in a folder of its name here.
     """
     steward = pki.Authority.create("simulate")
     names = sorted(records) if job.laned else [p for p in configured(job, SERVER).parties if p != SERVER]
@@ -140,6 +143,7 @@ def federation(
             secret=secrets[name],
             records=records.get(name),
             folder=home,
+            earlier=earlier / name if earlier else None,
             device=device,
             tap=(taps or {}).get(name),
         )

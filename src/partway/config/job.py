@@ -279,8 +279,15 @@ class JobRecords(Settings, frozen=True, kw_only=True):
     reference range, for which nothing is exchanged; `marks` adds steps at and beyond the range's limits."""
 
 
+class Predict(Settings, frozen=True, kw_only=True):
+    """`[predict]`: nothing is trained; what an earlier job has left at the parties is used on records of today."""
+
+    of: Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$")]
+    """The number of that job, as `partway job submit` printed it."""
+
+
 class Job(Settings, frozen=True, kw_only=True):
-    """One training run of a federation."""
+    """One run of a federation."""
 
     not_in_file: ClassVar[tuple[str, ...]] = ("columns",)
 
@@ -296,6 +303,8 @@ class Job(Settings, frozen=True, kw_only=True):
     records: JobRecords = field(default_factory=JobRecords)
     evaluation: Evaluation = field(default_factory=Evaluation)
     result: ResultTerms = field(default_factory=ResultTerms)
+    predict: Predict | None = None
+    """Given, the rest of the job is as in the one that has trained; what it says of training is not read."""
     roster: dict[Name, Fingerprint] = {}
     """The sites, by name and key fingerprint (SHA-256 of the certificate's public key)."""
     columns: Columns | None = None
@@ -328,6 +337,11 @@ class Job(Settings, frozen=True, kw_only=True):
         return self.training.schedule == "private" and self.training.private.personal == "embedding"
 
     @property
+    def gated(self) -> bool:
+        """Each site has chosen by itself between a network of its own and the shared one."""
+        return self.training.schedule == "private" and self.training.private.gate
+
+    @property
     def apart(self) -> bool:
         """Each site has a network of its own at the end."""
         return self.training.schedule in ("private", "splitfed_v3")
@@ -347,6 +361,8 @@ class Job(Settings, frozen=True, kw_only=True):
     def epochs_at_sites(self) -> int:
         """How often a site's training records are gone through at the site."""
         half = self.training.half_trained
+        if self.predict is not None:
+            return 1
         if self.training.schedule == "half_trained":
             return half.rounds * half.local_epochs + half.synchronous_epochs
         if self.training.schedule == "private":
@@ -376,6 +392,10 @@ def read_job(text: str | bytes, where: str = "the job", schema: str | bytes | No
         raise ConfigError(f"{where}: [training] patience needs keep = `best`")
     _check_options(job.training, where)
     _check_private(job, where)
+    if job.predict is not None and (job.concatenates or job.gated or job.embeds):
+        why = "what a site has chosen, nobody else knows" if job.gated else "its network is not the one that was cut"
+        words = f"[predict] is not for this schedule, for {why}; train with [result] trunk = `everyone`, and each"
+        raise ConfigError(f"{where}: {words} site predicts by itself")
     if job.evaluation.site_scores and not job.evaluation.trunk_travels:
         raise ConfigError(
             f"{where}: [evaluation] site_scores needs trunk_travels = true, for scores are made at the sites"

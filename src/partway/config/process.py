@@ -28,6 +28,8 @@ class Policy(Settings, frozen=True, kw_only=True):
     """Of a site: the server may hold the sites' segments at the end."""
     trunk_to_everyone: bool = False
     """Of the server: its segment may travel to the sites, which evaluation there needs."""
+    predictions_may_leave: bool = False
+    """Of who has the last segment, mostly the server: what it puts out may go to who holds the labels."""
     widest_cut: Positive = 64
     """Numbers a record that may leave across a cut."""
     most_epochs: Positive = 100
@@ -90,6 +92,8 @@ class Site(Settings, frozen=True, kw_only=True):
     site: SiteHeader
     data: Connection | None = None
     """None at a party that only runs layers."""
+    predict: Connection | None = None
+    """Of whom jobs with `[predict]` predict: as `[data]`, and no label is read."""
     policy: Policy
 
 
@@ -116,6 +120,8 @@ class Server(Settings, frozen=True, kw_only=True):
     server: ServerHeader = field(default_factory=ServerHeader)
     data: Connection | None = None
     """Where the server holds labels or columns."""
+    predict: Connection | None = None
+    """The same of those whom jobs with `[predict]` are about."""
     policy: Policy
 
 

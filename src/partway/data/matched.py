@@ -28,6 +28,7 @@ def read(connection: Connection | None, home: Path, job: Job, me: str) -> Record
     """The records that a party brings to a job, or None if it brings none.
 
     Args:
+        connection: the party's `[data]`; of a job that predicts, its `[predict]`.
         home: the folder to which paths are relative.
 
     Raises:
@@ -37,8 +38,11 @@ def read(connection: Connection | None, home: Path, job: Job, me: str) -> Record
     held = job.holds.get(me)
     if not job.laned and (held is None or not (held.columns or held.targets)):
         return None
+    if connection is None and job.predict and job.laned:
+        return None  # others may have somebody to predict of
     if connection is None:
-        raise DataError(f"{me} has no [data], and the job {job.job.name} counts on its records")
+        missing = "[predict]" if job.predict else "[data]"
+        raise DataError(f"{me} has no {missing}, and the job {job.job.name} counts on its records")
     if job.laned or held is None:
         return table.read(connection, home, job)
     ids = read_ids(home / connection.ids) if connection.ids else None
@@ -65,10 +69,13 @@ def read_ids(path: Path) -> dict[str, str]:
 def records_of(
     file: Table, job: Job, held: Held, ids: Mapping[str, str] | None, units: Mapping[str, str] | None = None
 ) -> Records:
-    """One party's columns and labels of the agreed records, in the order of the list, divided by the job's seed."""
-    whole = columns_of(job)
+    """One party's columns and labels of the agreed records, in the order of the list, divided by the job's seed.
+
+    Of a job that predicts no label is read, and all are test records.
+    """
+    whole, read = columns_of(job), held.targets if job.predict is None else ()
     part = part_of(whole, held)
-    checked = Checked(file, part, held.targets)
+    checked = Checked(file, part, read)
     checked.structure(None, units or {})
     checked.content(None)
     own = _ids(file, whole.schema.id, checked.rows)
@@ -83,7 +90,7 @@ def records_of(
     lacking = len(agreed) - int(present.sum())
     if lacking == len(agreed):
         raise DataError(f"{file.path}: none of the {len(agreed):,} agreed ids is in it")
-    if held.targets and lacking:
+    if read and lacking:
         words = f"{lacking:,} of the {len(agreed):,} agreed ids have no label here: take them from the list"
         raise DataError(f"{file.path}: {words}")
     features, schema = checked.features(job.records.scale), layout(part, job.records.scale, held.targets)
@@ -91,19 +98,26 @@ def records_of(
     values = [torch.where(present, f.values[at], torch.nan if f.by_statistics else 0.0) for f in features]
     return Records(
         torch.stack(values, 1).view(-1, *schema.shape) if values else torch.zeros(len(agreed), 0),
-        next(iter(checked.labels.values()))[at] if held.targets else torch.zeros(len(agreed)),
+        next(iter(checked.labels.values()))[at] if read else torch.zeros(len(agreed), *schema.target().label),
         classes=schema.classes,
         numeric=tuple(number for number, feature in enumerate(features) if feature.by_statistics),
-        division=division(len(agreed), job.job.seed),
+        division=division(len(agreed), None if job.predict else job.job.seed),
         ids=list(agreed),
+        names=[name or token for token, name in agreed.items()],
+        called=whole.schema.id or "record",
         targets=schema.targets if held.targets else (),
         more=labels,
         present=present if lacking else None,
     )
 
 
-def division(records: int, seed: int) -> dict[Part, Tensor]:
-    """Indices of training, validation and test records, drawn by `seed` alone: not everybody has the labels."""
+def division(records: int, seed: int | None) -> dict[Part, Tensor]:
+    """Indices of training, validation and test records, drawn by `seed` alone: not everybody has the labels.
+
+    Without a seed all are test records.
+    """
+    if seed is None:
+        return {part: torch.arange(records if part == "test" else 0) for part in SHARES}
     drawn = shuffled(records, "division", seed)
     bounds = [0, *(round(records * share) for share in accumulate(SHARES.values()))]
     parts = zip(SHARES, bounds[:-1], bounds[1:], strict=True)

@@ -99,6 +99,7 @@ class Records:
         ids: of all records, where other parties hold columns of the same ones; without them, their numbers.
         targets: what the labels are, if not classes; the first is the job's own.
         more: labels of several targets, by name.
+        names: what this party calls each of them, and `called` what that is, such as "line".
         present: which of them are here, shape (n,), bool; the features of the others count as not measured.
     """
 
@@ -111,6 +112,8 @@ class Records:
         numeric: tuple[int, ...],
         division: Mapping[Part, Tensor],
         ids: Sequence[str] = (),
+        names: Sequence[str] = (),
+        called: str = "record",
         present: Tensor | None = None,
         targets: tuple[Target, ...] = (),
         more: Mapping[str, Tensor] | None = None,
@@ -121,7 +124,7 @@ class Records:
         """Labels by target, where there are several."""
         self.numeric = torch.tensor(numeric, dtype=torch.int64)
         self.division = {part: index.long() for part, index in division.items()}
-        self.ids, self.present = tuple(ids), present
+        self.ids, self.names, self.called, self.present = tuple(ids), tuple(names), called, present
         self.schema = schema
 
     @classmethod

@@ -38,10 +38,12 @@ def records_for(job: Job, data: Path | None) -> Callable[[int], dict[str, Record
     """From a seed to all sites' records for a job: from a file that has all of them, or bundled.
 
     Raises:
-        UsageError: none are bundled for the job's schema, and no file is given.
+        UsageError: none are bundled for the job's schema, and no file is given; or the job trains nothing.
         ConfigError, DataError: the job has no schema, or the file does not fit it.
     """
     scale, target = job.records.scale, job.records.target
+    if job.predict is not None:
+        raise UsageError("a job with [predict] takes what an earlier one has left at its parties: submit it")
     if data is None and job.records.schema not in SCHEMAS:
         raise UsageError(f"no records are bundled for {job.records.schema}: name a file of all sites' with --data")
     if not job.laned:

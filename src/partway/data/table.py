@@ -92,10 +92,11 @@ def read(connection: Connection, home: Path, job: Job) -> Records:
         DataError: the file is damaged, or does not fit the schema: with everything that does not.
     """
     table = load(home / connection.path, connection.connector)
-    columns, scale, seed = columns_of(job), job.records.scale, job.job.seed
-    return records_of(
-        table, columns, scale, seed, site=connection.site, units=connection.units, target=job.records.target
-    )
+    columns, scale, target, seed = columns_of(job), job.records.scale, job.records.target, job.job.seed
+    site, units = connection.site, connection.units
+    if job.predict is not None:
+        return unlabelled(table, columns, scale, target, site=site, units=units)
+    return records_of(table, columns, scale, seed, site=site, units=units, target=target)
 
 
 def records_of(
@@ -112,10 +113,36 @@ def records_of(
     checked = Checked(table, columns, (target,))
     checked.structure(site, units or {})
     checked.content(site)
-    if checked.faults:
-        told = "; ".join(fault.words for fault in checked.faults)
-        raise DataError(f"{table.path}: {told}", [(fault.column, fault.kind) for fault in checked.faults])
+    checked.refuse()
     return checked.records(scale, seed)
+
+
+def unlabelled(
+    table: Table,
+    columns: Columns,
+    scale: Scale,
+    target: str,
+    *,
+    site: str | None = None,
+    units: Mapping[str, str] | None = None,
+) -> Records:
+    """The same without a label being read, all as test records, each with its line in the file: to predict `target`."""
+    checked = Checked(table, columns, ())
+    checked.structure(site, units or {})
+    checked.content(site)
+    checked.refuse()
+    features, schema = checked.features(scale), layout(columns, scale, (target,))
+    rows, nothing = checked.rows, torch.zeros(0, dtype=torch.int64)
+    return Records(
+        torch.stack([feature.values for feature in features], 1).view(-1, *schema.shape),
+        torch.zeros(len(rows), *schema.target().label),
+        classes=schema.classes,
+        numeric=tuple(n for n, feature in enumerate(features) if feature.by_statistics),
+        division={"train": nothing, "validation": nothing, "test": torch.arange(len(rows))},
+        targets=schema.targets,
+        names=[str(row) for row in rows],
+        called=table.row,
+    )
 
 
 def sites_of(table: Table, columns: Columns, scale: Scale, seed: int, target: str = "") -> dict[str, Records]:
@@ -222,6 +249,12 @@ class Checked:
                 found = self._codes(name, column)
             self._values[name] = torch.from_numpy(found[self._counts])
         self.labels = {name: torch.from_numpy(values[self._counts]) for name, values in read.items()}
+
+    def refuse(self) -> None:
+        """Raises `DataError` with everything that does not fit."""
+        if self.faults:
+            told = "; ".join(fault.words for fault in self.faults)
+            raise DataError(f"{self._table.path}: {told}", [(fault.column, fault.kind) for fault in self.faults])
 
     def records(self, scale: Scale, seed: int) -> Records:
         """The records that count, divided by `seed`."""

@@ -65,6 +65,10 @@ class Reason(IntEnum):
     """Policy: this very job, as signed, has run at this party before."""
     RELEASES = 25
     """Policy: records' activations would be handed over to be kept more often than this site allows."""
+    PREDICTIONS = 26
+    """Policy: what the network says of records would leave."""
+    EARLIER = 27
+    """What the job's [predict] names is not here: no such job has run, or it has left another network, or nothing."""
 
 
 class Wrong(IntEnum):

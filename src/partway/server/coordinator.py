@@ -64,7 +64,8 @@ class Coordinator:
 
     def __init__(self, settings: Server, home: Path, say: Callable[[Status], None]) -> None:
         self.settings, self._say = settings.server, say
-        self._policy, self._data, self._home = settings.policy, settings.data, home
+        self._policy, self._home = settings.policy, home
+        self._data, self._predict = settings.data, settings.predict
         self.identity = pki.Identity.load(home / self.settings.identity)
         subject = self.identity.subject
         if subject.role is not pki.Role.SERVER or subject.name != self.settings.name:
@@ -222,12 +223,14 @@ class Coordinator:
             if self._subjects[link].fingerprint != job.roster[site]:
                 words = f"{site} is connected with another key than the job's roster says"
                 raise Refused(words, [Reason.ROSTER.name])
+        data = self._predict if job.predict else self._data
         place = Place(
             identity=identity,
             policy=self._policy,
             secret=own_secret(identity),
-            records=matched.read(self._data, self._home, job, identity.name) if not job.laned else None,
+            records=matched.read(data, self._home, job, identity.name) if not job.laned else None,
             folder=submitted.folder,
+            earlier=self.folder,
             device=self.settings.device,
         )
         roster = {**job.roster, identity.name: identity.fingerprint}

@@ -77,7 +77,7 @@ class Agent:
 
     def __init__(self, site: Site, home: Path, say: Callable[[Progress], None], tap: Tap | None = None) -> None:
         self.settings, self._home, self._say, self._tap = site.site, home, say, tap
-        self._policy, self._data = site.policy, site.data
+        self._policy, self._data, self._predict = site.policy, site.data, site.predict
         self.identity = pki.Identity.load(home / self.settings.identity)
         subject = self.identity.subject
         if subject.role is not pki.Role.SITE or subject.name != self.settings.name:
@@ -189,12 +189,14 @@ class Agent:
                 words = f"this job has run here before, see {folder}; its operator must sign it again"
                 raise Refused(words, [Reason.REPEATED.name])
             folder.mkdir(parents=True)
+            data = self._predict if job.predict else self._data
             place = Place(
                 identity=self.identity,
                 policy=self._policy,
                 secret=self._secret,
-                records=matched.read(self._data, self._home, job, self.identity.name),
+                records=matched.read(data, self._home, job, self.identity.name),
                 folder=folder,
+                earlier=folder.parent,
                 device=self.settings.device,
                 tap=self._tap,
                 released=self._releases.count,

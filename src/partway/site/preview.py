@@ -12,12 +12,13 @@ import msgspec
 import torch
 
 from partway import pki
-from partway.assembly import HALF, Parts, network_of, optimizers_of, plan_of, schema_of, shapes_of
+from partway.assembly import HALF, Parts, network_of, optimizers_of, plan_of, schemas_of, shapes_of, take_left
 from partway.blueprint import DTYPES
 from partway.config import Job, Site, contents, read_job, read_job_file
 from partway.data import matched
 from partway.data.records import Records, statistics_of
 from partway.data.schema import columns_of
+from partway.errors import UsageError
 from partway.model.segment import Segment
 from partway.plan.phases import Schedule, original
 from partway.plan.plan import Plan, Turn
@@ -64,7 +65,7 @@ class Preview:
         return asdict(self)
 
     def text(self) -> str:
-        train, validation, test = (f"{self.records[part]:,}" for part in ("train", "validation", "test"))
+        train, validation, test = (f"{self.records.get(part, 0):,}" for part in ("train", "validation", "test"))
         counted = f"{train} records train, {validation} validate and {test} test"
         if unlabelled := self.records.get("unlabelled", 0):
             counted += f"; {unlabelled:,} have no label"
@@ -90,21 +91,25 @@ def preview(site: Site, home: Path, job_file: Path) -> Preview:
         Refused: the network's name is not allowed, so nothing more can be told.
     """
     job, operator = _job(site, home, job_file)
-    me, policy, schema = site.site.name, site.policy, schema_of(job)
-    others = [name for name in job.sites if name != me] or ["another-site", "a-third-site"]
-    job = msgspec.structs.replace(job, roster=dict.fromkeys(sorted([me, *others]), ""))
+    me, policy = site.site.name, site.policy
+    if job.laned:
+        others = [name for name in job.sites if name != me] or ["another-site", "a-third-site"]
+        job = msgspec.structs.replace(job, roster=dict.fromkeys(sorted([me, *others]), ""))
     found = Preview(me, job.job.name, columns_of(job).schema.name)
     found.objections += [o.words for o in judge_job(policy, me, job, operator) if o.reason is not Reason.ROSTER]
-    plan, schedule = plan_of(job, _SERVER)
-    network = network_of(job, policy, schema)
-    shapes = shapes_of(job, plan, network, schema)
+    (plan, schedule), schemas = plan_of(job, _SERVER), schemas_of(job, _SERVER)
+    if me not in plan.parties:
+        raise UsageError(f"{me} has no part in the job {job.job.name}")
+    network = network_of(job, policy, schemas)
+    shapes = shapes_of(job, plan, network, schemas)
     turns = _turns(me, plan, schedule)
     released = Releases(home / site.site.folder).count
     found.objections += [o.words for o in judge_turns(policy, me, shapes, turns, released)]
-    records = matched.read(site.data, home, job, me)
-    if records is not None:
-        found.records = records.sizes
-        found.leaves = list(_leaves(me, job, plan, shapes, network, turns, records))
+    records = matched.read(site.predict if job.predict else site.data, home, job, me)
+    found.records = records.sizes if records is not None else {}
+    party = _Party(me, job, plan, shapes, network, records, home / site.site.folder)
+    if records is not None or not job.laned:
+        found.leaves = list(party.leaves(turns))
     return found
 
 
@@ -117,25 +122,68 @@ def _job(site: Site, home: Path, path: Path) -> tuple[Job, str]:
 
 
 def _turns(me: str, plan: Plan, schedule: Schedule) -> tuple[Turn, ...]:
-    """Of a job in which this site has one record of each kind, and the others none."""
-    return schedule({s: dict.fromkeys(("train", "validation", "test"), int(s == me)) for s in plan.sites})
+    """Of a job in which this site has one record of each kind, and the others none; or all have the same one."""
+    here = {party: not plan.sites or party == me for party in plan.holders}
+    return schedule({p: dict.fromkeys(("train", "validation", "test"), int(mine)) for p, mine in here.items()})
 
 
-def _leaves(
-    me: str, job: Job, plan: Plan, shapes: Shapes, network: Parts, turns: tuple[Turn, ...], records: Records
-) -> Iterator[Leaving]:
-    seen: dict[tuple[LetterKind, str, str, str], Leaving] = {}
-    for turn in turns:
-        for post, route in compile(plan, turn).letters.items():
-            nbytes = shapes.of(turn, post, route.sender, route.receiver).nbytes
-            if route.sender != me or not nbytes:
-                continue
-            key = (post.kind, post.source.segment, post.target.segment, route.receiver)
-            if key not in seen:
-                values = _values(me, job, plan, shapes, network, turn, post, records)
-                seen[key] = Leaving(_what(post), route.receiver, _how(job, shapes, post, route), 0, nbytes, values)
-            seen[key].times += 1
-    yield from seen.values()
+@dataclass
+class _Party:
+    """This site in a job of one record, by itself."""
+
+    me: str
+    job: Job
+    plan: Plan
+    shapes: Shapes
+    network: Parts
+    records: Records | None
+    earlier: Path
+    """Where jobs before this one have left their folders."""
+
+    def leaves(self, turns: tuple[Turn, ...]) -> Iterator[Leaving]:
+        seen: dict[tuple[LetterKind, str, str, str], Leaving] = {}
+        for turn in turns:
+            for post, route in compile(self.plan, turn).letters.items():
+                nbytes = self.shapes.of(turn, post, route.sender, route.receiver).nbytes
+                if route.sender != self.me or not nbytes:
+                    continue
+                key = (post.kind, post.source.segment, post.target.segment, route.receiver)
+                if key not in seen:
+                    how = _how(self.job, self.shapes, post, route)
+                    seen[key] = Leaving(_what(post), route.receiver, how, 0, nbytes, self.values(turn, post))
+                seen[key].times += 1
+        yield from seen.values()
+
+    def values(self, turn: Turn, post: Post) -> list[float] | None:
+        """What a real worker would put into a letter for the first record, with the network's present weights.
+
+        They are first weights that nobody has trained, or, of a job that predicts, those that it would use. None for
+        what is made of others' letters.
+        """
+        if post.kind not in (LetterKind.ACTIVATIONS, LetterKind.LABELS) or self.records is None:
+            return None
+        job, records, dtype = self.job, self.records, DTYPES[self.job.training.dtype]
+        one, index = copy.copy(records), records.division["test" if job.predict else "train"]
+        if records.present is not None:
+            index = index[records.present[index]]
+        one.division = dict.fromkeys(records.division, index[:1])
+        source = RecordSource(one, b"", b"", dtype)
+        segments = {c: Segment(self.network.modules[original(c.segment)], dtype) for c in self.plan.placed(self.me)}
+        scaling = take_left(self.earlier, job, self.network, segments).scaling if job.predict and segments else {}
+        if len(records.numeric):
+            source.standardise(*((scaling[n] for n in ("mean", "deviation")) if scaling else statistics_of([records])))
+        half = HALF[job.training.precision]
+        worker = Worker(self.plan, self.shapes, segments, optimizers=optimizers_of(job), source=source, half=half)
+        net, done = compile(self.plan, turn), set[Task]()
+        worker.begin(0, turn, net)
+        for task, work in net.tasks.items():
+            if task.kind == "forward" and work.at == self.me and done.issuperset(work.needs):
+                worker.do(task)
+                done.add(task)
+        if Task("forward", post.source) not in done:
+            return None
+        with torch.no_grad():
+            return [float(v) for v in worker.body(post)["x"].reshape(-1)]
 
 
 def _what(post: Post) -> str:
@@ -144,7 +192,9 @@ def _what(post: Post) -> str:
         return "the head of the ledger"
     if post.kind is LetterKind.SQUARE:
         return "the square of a gradient's norm"
-    if post.kind in (LetterKind.SHARE, LetterKind.STATE, LetterKind.EQUAL):
+    if post.kind is LetterKind.EQUAL:
+        return f"a digest of {post.source.segment}"
+    if post.kind in (LetterKind.SHARE, LetterKind.STATE):
         return f"{kind} of {post.source.segment}"
     return f"{kind} ({post.source.segment} -> {post.target.segment})"
 
@@ -155,32 +205,3 @@ def _how(job: Job, shapes: Shapes, post: Post, route: Route) -> str:
     if post.kind is LetterKind.SHARE and job.training.sums == "blind":
         return "masked, so that the server can add and not read it"
     return "in the clear for the receiver"
-
-
-def _values(
-    me: str, job: Job, plan: Plan, shapes: Shapes, network: Parts, turn: Turn, post: Post, records: Records
-) -> list[float] | None:
-    """What a real worker would put into a letter for the first training record, with the network's present weights."""
-    if post.kind not in (LetterKind.ACTIVATIONS, LetterKind.LABELS):
-        return None
-    dtype = DTYPES[job.training.dtype]
-    first = records.division["train"][:1]
-    one = copy.copy(records)
-    one.division = dict.fromkeys(records.division, first)
-    source = RecordSource(one, b"", b"", dtype)
-    if len(records.numeric):
-        source.standardise(*statistics_of([records]))
-    segments = {c: Segment(network.modules[original(c.segment)], dtype) for c in plan.placed(me)}
-    half = HALF[job.training.precision]
-    worker = Worker(plan, shapes, segments, optimizers=optimizers_of(job), source=source, half=half)
-    net = compile(plan, turn)
-    worker.begin(0, turn, net)
-    for task in net.tasks:
-        if (
-            task.kind == "forward"
-            and net.tasks[task].at == me
-            and all(isinstance(n, Task) for n in net.tasks[task].needs)
-        ):
-            worker.do(task)
-    with torch.no_grad():
-        return [float(v) for v in worker.body(post)["x"].reshape(-1)]

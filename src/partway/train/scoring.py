@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partway.data.predictions import survival
 from partway.data.records import Target
 from partway.train import metrics
 from partway.train.metrics import Scores
@@ -122,11 +123,6 @@ def risk_of(target: Target, outputs: Tensor) -> Tensor:
     if not target.intervals:
         return outputs[:, 0].double()
     return -survival(outputs.double()).sum(1)
-
-
-def survival(outputs: Tensor) -> Tensor:
-    """The chance to live until the end of each interval, from the logits of its hazard: both (n, intervals)."""
-    return torch.nn.functional.logsigmoid(-outputs).cumsum(1).exp()
 
 
 def figures(scores: AnyScores) -> Tensor:

@@ -47,10 +47,11 @@ class RecordSource:
         Args:
             offset: where the rows begin in this site's order of that part and epoch.
         """
-        chosen = self._chosen(turn, offset, rows)
+        chosen = self.chosen(turn, offset, rows)
         return self.features.index_select(0, chosen), self.labels.index_select(0, chosen)
 
-    def _chosen(self, turn: Turn, offset: int, rows: int) -> Tensor:
+    def chosen(self, turn: Turn, offset: int, rows: int) -> Tensor:
+        """Which records they are, shape (rows,), int64."""
         epoch, order = self._orders.get(turn.records, (-1, torch.empty(0)))
         if epoch != turn.epoch:
             index = self.records.division[turn.records]
@@ -60,7 +61,7 @@ class RecordSource:
 
     def answers(self, turn: Turn, offset: int, rows: int, target: str) -> Tensor:
         """The labels of one of several targets, of the same rows."""
-        return self.records.targets[target].to(self._device).index_select(0, self._chosen(turn, offset, rows))
+        return self.records.targets[target].to(self._device).index_select(0, self.chosen(turn, offset, rows))
 
     # -- where other parties hold columns of the same records
 
@@ -70,7 +71,7 @@ class RecordSource:
 
     def proof(self, turn: Turn, offset: int, rows: int) -> bytes:
         """HMAC-SHA256 of the records' ids, in the order of the rows."""
-        return self._hash(self._chosen(turn, offset, rows).cpu())
+        return self._hash(self.chosen(turn, offset, rows).cpu())
 
     def all_proof(self) -> bytes:
         """The same of all records."""
@@ -80,7 +81,7 @@ class RecordSource:
         """Which of the rows are here, shape (rows,), bool; None: all."""
         if self.records.present is None:
             return None
-        return self.records.present[self._chosen(turn, offset, rows).cpu()].to(self._device)
+        return self.records.present[self.chosen(turn, offset, rows).cpu()].to(self._device)
 
     def _hash(self, chosen: Tensor) -> bytes:
         ids = [self.records.ids[n] for n in chosen.tolist()] if self.records.ids else map(str, chosen.tolist())

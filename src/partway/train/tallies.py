@@ -88,6 +88,30 @@ def class_weights(counts: Tensor) -> Tensor:
     return rarity * counts.sum() / (counts * rarity).sum()
 
 
+class Told:
+    """What a network says of this party's records, one batch a turn: nothing of it is summed.
+
+    Args:
+        outputs: numbers that come out for each record.
+        lane: of this party's rows in a turn.
+    """
+
+    size = 0
+
+    def __init__(self, source: RecordSource, outputs: int, lane: str) -> None:
+        self._source, self._lane = source, lane
+        self.outputs = torch.zeros(len(source.labels), outputs)
+        """In the order of the records, shape (records, outputs)."""
+
+    def count(self, turn: Turn, inputs: Tensor, labels: Tensor | None) -> Tensor:
+        self.outputs = self.outputs.to(inputs)
+        self.outputs[self._source.chosen(turn, turn.offsets[0][self._lane], len(inputs))] = inputs
+        return torch.zeros(0, dtype=torch.float64)
+
+    def settle(self, turn: Turn, total: Tensor) -> None:
+        """What is told is not counted."""
+
+
 class Evaluation:
     """Counts that scores are made of. A party's own scores are exact, and stay here unless reported."""
 
