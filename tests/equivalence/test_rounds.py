@@ -109,7 +109,8 @@ class Sites:
 def of(rows: Mapping[str, tuple[Tensor, Tensor]], batch: Any, site: str) -> tuple[Tensor, Tensor]:
     x, y = rows[site]
     where = slice(batch.offsets[site], batch.offsets[site] + batch.rows[site])
-    return x[where], y[where]
+    # Copies, as a party's own rows are: with float32 that begins anywhere in memory, MKL rounds otherwise on some CPUs.
+    return x[where].clone(), y[where].clone()
 
 
 def averaged_loop(whole: Federation, weighted: bool = True) -> Sites:

@@ -92,13 +92,15 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[tuple[Spec, ...], list[bytes | 
 
 def unpack(specs: Sequence[Spec], payload: bytes | memoryview) -> dict[str, Tensor]:
     """The tensors of a payload, of which `payload_size` has been checked; their memory is their own."""
-    own = bytearray(payload)
+    # PyTorch's own memory begins at a multiple of 64 bytes; with float32 in other memory some CPUs round otherwise.
+    own = torch.empty(len(payload), dtype=torch.uint8)
+    own.numpy()[:] = np.frombuffer(payload, dtype=np.uint8)
     tensors, at = {}, 0
     for spec in specs:
         count, kind = math.prod(spec.shape), DTYPES[spec.dtype]
         at += -at % ALIGNMENT
         if count:
-            tensors[spec.name] = torch.frombuffer(own, dtype=kind, count=count, offset=at).view(spec.shape)
+            tensors[spec.name] = own[at : at + count * kind.itemsize].view(kind).view(spec.shape)
         else:
             tensors[spec.name] = torch.empty(spec.shape, dtype=kind)
         at += count * kind.itemsize
