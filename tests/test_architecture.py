@@ -43,7 +43,7 @@ HOUSE = {
     "plan": Room(rooms="errors", installed=""),
     "config": Room(rooms="errors plan", installed="msgspec"),
     "protocol": Room(rooms="errors plan", installed="msgspec", never="socket asyncio time datetime os pathlib random"),
-    "model": Room(rooms="errors", installed="torch"),
+    "model": Room(rooms="errors", installed="msgspec safetensors torch"),
     "privacy": Room(rooms="errors", installed="numpy torch cryptography"),
     "wire": Room(rooms="errors protocol.messages", installed="msgspec numpy torch", never="socket asyncio"),
     "transport": Room(rooms="errors", installed="grpc"),

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from partway.config import LANED, Job, Policy
 from partway.data.records import Schema
 from partway.errors import ConfigError, Refused
-from partway.model.cut import cut, first_dense
+from partway.model.cut import cut
 from partway.model.recipe import build
+from partway.model.sequence import first_dense
 from partway.plan.configurations import extended_vanilla, multi_hop, multi_task, u_shaped, vanilla, vertical
 from partway.plan.plan import EACH, ONE, Edge, Plan, Segment
 from partway.plan.private import with_stem

@@ -1,268 +1,381 @@
-"""Cuts a network that is a sequence of modules into pieces, and checks with numbers that together they are the network.
+"""Cuts any network into pieces, shows where it can be cut, and proves with numbers that the pieces are the network.
 
->>> from collections import OrderedDict
 >>> import torch
 >>> from torch import nn
->>> hidden = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
->>> network = nn.Sequential(OrderedDict(hidden=hidden, output=nn.Linear(8, 2)))
->>> places(network)
-['hidden.0', 'hidden.1', 'hidden']
->>> bottom, top = cut(network, torch.randn(6, 4), after=["hidden.0"])
->>> list(bottom.state_dict()), list(top.state_dict())
-(['hidden.0.weight', 'hidden.0.bias'], ['output.weight', 'output.bias'])
+>>> class Residual(nn.Module):
+...     def __init__(self) -> None:
+...         super().__init__()
+...         self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+...     def forward(self, x):
+...         x = self.first(x).relu()
+...         return self.last(x + self.second(x))
+>>> network = Residual()
+>>> bottom, trunk = cut(network, torch.randn(6, 4), after=["first"])
+>>> bottom.outputs == trunk.inputs, list(trunk.state_dict())
+(True, ['second.weight', 'second.bias', 'last.weight', 'last.bias'])
+>>> x = torch.randn(3, 4)
+>>> torch.equal(trunk(bottom(x)), network(x))
+True
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
+import functools
 import itertools
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
+import msgspec
 from torch import Tensor, nn
 
 from partway.errors import CutError
-from partway.model.segment import Segment
+from partway.model import operators
+from partway.model.capture import Captured, call_of, capture
+from partway.model.check import check
+from partway.model.partition import Crossing, Facts, divide, end_of, facts
+from partway.model.piece import Piece
+from partway.model.program import Program, references, renamed
+from partway.model.sequence import Slice, as_sequence, is_sequence, places, sliceable, slices
 
-_TOLERANCE = 1e-10
-"""Largest difference of a float64 value, relative to its tensor's largest one. Rounding stays near 1e-15."""
-
-
-def places(network: nn.Module) -> list[str]:
-    """All module paths after which `network` can be cut, in order. A sequence's path means after its last module.
-
-    Raises:
-        CutError: the network is not a sequence of modules.
-    """
-    ends = _ends(network)
-    last = max(ends.values(), default=0)
-    return [path for path, end in ends.items() if end < last]
+__all__ = ["Piece", "Slice", "cut", "places"]
 
 
-def cut(network: nn.Module, example: Tensor, after: Sequence[str]) -> tuple[nn.Sequential, ...]:
-    """Cuts `network` after the named modules into `len(after) + 1` pieces that share its modules and keep its names.
+def cut(
+    network: nn.Module,
+    example: Any,
+    after: Sequence[str],
+    together: Sequence[Collection[int]] = (),
+    may_cross: Collection[str] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Piece | Slice, ...]:
+    """Cuts `network` after the named modules into `len(after) + 1` pieces that share its weights and keep their names.
 
-    Ends with a numeric check in float64 on copies, so that `network`, its buffers and its mode, and the global random
-    numbers stay as they were: the pieces run one after the other as `Segment`s, only values and gradients passing
-    between them, against the whole network, in training and in evaluation, with the example and with another
-    number of its rows.
+    A network that is nested `nn.Sequential`s is sliced between its modules; every other one is captured, and its pieces
+    are programs. A piece says in `inputs` and `outputs` which values it takes and gives, in order.
+
+    Ends with a numeric check on copies (`partway.model.check`), so that `network`, its buffers and its mode, and the
+    global random numbers stay as they were.
 
     Args:
-        network: nested `nn.Sequential`s.
-        example: inputs that the network takes, one row a record, shape (records, ...).
-        after: module paths in the network's order, for example `["hidden.2"]`.
+        network: the whole network, as it is used without Partway.
+        example: inputs that the network takes, one row a record: a tensor of shape (records, ...) or a tuple.
+        after: module paths in the network's order, for example `["layer1", "layer4"]`. Where a module is called more
+            than once, `block#0` is the first call.
+        together: groups of pieces, by number, that one optimiser at one party owns, and that may share weights.
+        may_cross: inputs that may reach another party than the first piece's as they are, or with no weight applied.
+        kwargs: what else the network is called with.
 
     Raises:
         CutError: it cannot be cut there, or the pieces do not add up to the whole; the message says what to do.
     """
     if not any(p.requires_grad for p in network.parameters()):
         raise CutError("the network has no trainable parameter, so there is nothing to split")
-    ends = _ends(network)
     if isinstance(after, str) or not after:
-        raise CutError(f"name the modules to cut after in a list; {_legal(network)}")
-    marks = [0]
-    for path in after:
-        mark = _place(network, path, ends)
-        if mark <= marks[-1]:
-            raise CutError(f"the cuts {', '.join(after)} are not in the network's order, or meet; {_legal(network)}")
-        marks.append(mark)
-    marks.append(max(ends.values()))
-    pieces = tuple(_take(network, "", ends, start, stop) for start, stop in itertools.pairwise(marks))
-    _refuse_shared(pieces)
-    _check(network, pieces, after, example)
+        told = f"; it can be cut after {', '.join(places(network))}" if is_sequence(network) else ""
+        raise CutError(f"name the modules to cut after in a list{told}")
+    call = call_of(example, kwargs)
+    if not together and sliceable(network, after, call):
+        pieces: tuple[Piece | Slice, ...] = slices(network, after)
+        names: Sequence[str] = ["input"]
+    else:
+        try:
+            captured = capture(network, example, kwargs)
+        except CutError as error:
+            chain = as_sequence(network, call)
+            if chain is None or together:
+                raise
+            if not sliceable(chain, after, call):
+                raise CutError(f"{error}; without that it can be cut after {', '.join(places(chain))}") from error
+            pieces, names = slices(chain, after), ["input"]
+        else:
+            pieces = Whole(network, captured).pieces(after, together, may_cross)
+            names = captured.training.inputs
+    check(network, pieces, call, names, _groups(together, len(pieces)))
     return pieces
 
 
-def first_dense(network: nn.Module, after: str, before: str | None = None) -> str:
-    """The path of the first linear layer or convolution with a bias after one place, and not the last before another.
+@dataclass(frozen=True)
+class Whole:
+    """A captured network, and where it can be cut."""
 
-    Raises:
-        CutError: there is none.
-    """
-    ends = _ends(network)
-    start, stop = _place(network, after, ends), _place(network, before, ends) if before else max(ends.values())
-    for path, end in ends.items():
-        module = network.get_submodule(path)
-        if start < end < stop and isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and module.bias is not None:
-            return path
-    raise CutError(
-        f"between `{after}` and {f'`{before}`' if before else 'the end'} no dense layer with a bias has another module "
-        "behind it, so there is no place for a vector of each site; cut elsewhere"
-    )
+    network: nn.Module
+    captured: Captured
 
+    def pieces(
+        self, after: Sequence[str], together: Sequence[Collection[int]], may_cross: Collection[str]
+    ) -> tuple[Piece, ...]:
+        """The pieces, not yet checked.
 
-# -- where
+        Raises:
+            CutError: it cannot be cut there.
+        """
+        groups = _groups(together, len(after) + 1)
+        try:
+            divided = {train: self._divided(train, after, groups, may_cross) for train in (True, False)}
+            self._refuse_shared([parts for parts, _ in divided.values()], groups)
+        except CutError as error:
+            raise CutError(f"{error}{self._instead(after, may_cross)}") from None
+        names = _names(self.captured, divided[True][1], divided[False][1])
+        pieces: list[dict[bool, Program]] = []
+        for number in range(len(after) + 1):
+            both = {train: _renamed(divided[train][0][number], names[train]) for train in (True, False)}
+            inputs = tuple(dict.fromkeys([*both[True].inputs, *both[False].inputs]))
+            both = {train: msgspec.structs.replace(program, inputs=inputs) for train, program in both.items()}
+            pieces.append(both)
+        homes = self._unused(pieces)
+        return tuple(self._piece(number, both, homes) for number, both in enumerate(pieces))
 
+    def _divided(
+        self, train: bool, after: Sequence[str], groups: Sequence[int], may_cross: Collection[str]
+    ) -> tuple[list[Program], list[Crossing]]:
+        """The programs of one mode, and what crosses."""
+        program = self.captured.mode(train)
+        marks = [self.mark(program, path) for path in after]
+        for one, other in itertools.pairwise(range(len(after))):
+            if marks[other] <= marks[one]:
+                raise CutError(f"`{after[one]}` and `{after[other]}` are not in the network's order, or meet")
+        known = self._facts[train]
+        parts, crossings = divide(program, marks, known)
+        _refuse_raw(program, known, crossings, groups, may_cross)
+        _refuse_without_rows(program, known, crossings)
+        return parts, crossings
 
-def _is_sequence(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module) > 0
+    def crossings(self, path: str) -> list[Crossing]:
+        """What crosses in training where the network is cut in two there, if only because nothing forbids it."""
+        program = self.captured.training
+        try:
+            return divide(program, [self.mark(program, path)], self._facts[True])[1]
+        except CutError:
+            return []
 
+    def why_not(self, path: str, may_cross: Collection[str] = ()) -> str:
+        """Why the network cannot be cut in two there; nothing if it can."""
+        try:
+            divided = {train: self._divided(train, [path], [0, 1], may_cross) for train in (True, False)}
+            self._refuse_shared([parts for parts, _ in divided.values()], [0, 1])
+            _names(self.captured, divided[True][1], divided[False][1])
+        except CutError as error:
+            return str(error)
+        return ""
 
-def _ends(network: nn.Module) -> dict[str, int]:
-    """Each path's end: how many single modules have run by then."""
-    if not _is_sequence(network):
-        raise CutError(
-            f"the network is a {type(network).__name__}, not a sequence of modules: "
-            "only nn.Sequential, nested or not, can be cut today"
-        )
-    ends: dict[str, int] = {}
-    count = 0
+    def _instead(self, after: Sequence[str], may_cross: Collection[str]) -> str:
+        """The legal cut that is nearest to the first that is none."""
+        paths = self.paths
+        for path in after:
+            if path in paths and self.why_not(path, may_cross):
+                place = paths.index(path)
+                for other in sorted(paths, key=lambda p: abs(paths.index(p) - place)):
+                    if not self.why_not(other, may_cross):
+                        return f"; the nearest legal cut is after `{other}`"
+                return "; there is no legal cut"
+        return ""
 
-    def walk(module: nn.Module, prefix: str) -> None:
-        nonlocal count
-        for name, child in module._modules.items():  # named_children() would leave out a module's second place
-            assert child is not None
-            if _is_sequence(child):
-                walk(child, f"{prefix}{name}.")
-            else:
-                count += 1
-            ends[prefix + name] = count
+    def mark(self, program: Program, path: str) -> int:
+        """The place behind a module, by its path or call."""
+        try:
+            mark = end_of(program, path)
+        except CutError as error:
+            raise CutError(f"{error}{self._nearest(path)}") from None
+        if mark >= len(program.nodes):
+            raise CutError(f"nothing comes after `{path}`, so the network cannot be cut there{self._nearest(path)}")
+        return mark
 
-    walk(network, "")
-    return ends
+    def _nearest(self, path: str) -> str:
+        near = difflib.get_close_matches(path, self.paths, n=3, cutoff=0.4) or self.paths[:3]
+        return f"; nearest are {', '.join(f'`{p}`' for p in near)}" if near else ""
 
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """Modules and calls behind which something comes, in both modes, in order; not whether that is legal."""
+        found: dict[bool, dict[str, int]] = {}
+        for train in (True, False):
+            ends: dict[str, dict[str, int]] = {}
+            nodes = self.captured.mode(train).nodes
+            for place, node in enumerate(nodes):
+                for each in node.modules:
+                    module, _, number = each.partition("#")
+                    ends.setdefault(module, {})[number or "0"] = place + 1
+            found[train] = {
+                f"{module}#{number}" if len(calls) > 1 else module: end
+                for module, calls in ends.items()
+                for number, end in calls.items()
+                if end < len(nodes)
+            }
+        both = [path for path in found[True] if path in found[False]]
+        return sorted(both, key=lambda path: found[True][path])
 
-def _legal(network: nn.Module) -> str:
-    legal = places(network)
-    return f"it can be cut after {', '.join(legal)}" if legal else "it has one module and cannot be cut"
+    @functools.cached_property
+    def _facts(self) -> dict[bool, Facts]:
+        parameters = {name for name, _ in self.network.named_parameters()}
+        return {train: facts(self.captured.mode(train), parameters) for train in (True, False)}
 
-
-def _place(network: nn.Module, path: str, ends: dict[str, int]) -> int:
-    if path in ends:
-        if ends[path] == max(ends.values()):
-            raise CutError(f"nothing comes after `{path}`, so the network cannot be cut there; {_legal(network)}")
-        return ends[path]
-    above = path
-    while "." in above:
-        above = above.rpartition(".")[0]
-        if above in ends and path in dict(network.named_modules(remove_duplicate=False)):
-            kind = type(network.get_submodule(above)).__name__
-            raise CutError(
-                f"`{path}` is inside `{above}`, a {kind}, and only nn.Sequential can be cut today; {_legal(network)}"
-            )
-    near = difflib.get_close_matches(path, places(network), n=1, cutoff=0.4)
-    hint = f"; did you mean `{near[0]}`?" if near else ";"
-    raise CutError(f"the network has no module `{path}`{hint} {_legal(network)}")
-
-
-def _take(module: nn.Module, prefix: str, ends: dict[str, int], start: int, stop: int) -> nn.Sequential:
-    """The single modules after number `start` up to `stop`, in sequences named as they were."""
-    kept: OrderedDict[str, nn.Module] = OrderedDict()
-    for name, child in module._modules.items():
-        assert child is not None
-        path = prefix + name
-        begin, end = ends[path] - _count(child), ends[path]
-        if start <= begin and end <= stop:
-            kept[name] = child
-        elif begin < stop and end > start:
-            kept[name] = _take(child, f"{path}.", ends, start, stop)
-    piece = nn.Sequential(kept)
-    piece.training = module.training
-    return piece
-
-
-def _count(module: nn.Module | None) -> int:
-    return sum(map(_count, module._modules.values())) if module is not None and _is_sequence(module) else 1
-
-
-def _refuse_shared(pieces: Sequence[nn.Module]) -> None:
-    seen: dict[int, tuple[int, str]] = {}
-    for number, piece in enumerate(pieces):
-        tensors = [*piece.named_parameters(remove_duplicate=False), *piece.named_buffers(remove_duplicate=False)]
-        for name, tensor in tensors:
-            where, first = seen.setdefault(tensor.data_ptr() or id(tensor), (number, name))
-            if where != number:
+    def _refuse_shared(self, modes: Sequence[Sequence[Program]], groups: Sequence[int]) -> None:
+        """One tensor that two pieces would train or write belongs to one optimiser."""
+        trained = {name for name, p in self.network.named_parameters() if p.requires_grad}
+        written = {n for parts in modes for part in parts for n in _written_state(part)}
+        users: dict[str, set[int]] = {}
+        for parts in modes:
+            for number, part in enumerate(parts):
+                for name in part.state.values():
+                    users.setdefault(name, set()).add(number)
+        names = _aliases(self.network)
+        for name, pieces in users.items():
+            if len({groups[piece] for piece in pieces}) > 1 and (name in trained or name in written):
+                told = " and ".join(f"`{alias}`" for alias in names.get(name, [name])[:2])
+                kind = "are one tensor" if len(names.get(name, ())) > 1 else "is one tensor that is used more than once"
                 raise CutError(
-                    f"`{first}` and `{name}` are one tensor, and the cut parts them: each party would train its own; "
-                    "cut where both stay in one piece, or untie them"
+                    f"{told} {kind}, and the cut parts its uses: each party would train its own; cut where all stay in "
+                    "one piece, give the pieces to one party (`together`), or untie them"
                 )
 
+    def _piece(self, number: int, both: Mapping[bool, Program], used_by: Mapping[str, int]) -> Piece:
+        """One piece with its weights: what its programs use, and what nothing uses but stands beside that."""
+        own = {name for program in both.values() for name in program.state.values()}
+        own |= {name for name, piece in used_by.items() if piece == number}
+        saved = set(self.network.state_dict(keep_vars=True))
+        aliases = _aliases(self.network)
+        first = {alias: name for name, several in aliases.items() for alias in several}
+        tensors: dict[str, Tensor] = {}
+        passing: dict[str, Tensor] = {}
+        for name, tensor in _tensors(self.network):
+            if first[name] in own:
+                (tensors if name in saved else passing)[name] = tensor
+        passing |= {name: tensor for name, tensor in self.captured.constants.items() if name in own}
+        piece = Piece(both[True], both[False], tensors, passing)
+        piece.train(self.network.training)
+        return piece
 
-# -- whether the pieces are the whole
-
-
-def _check(network: nn.Module, pieces: Sequence[nn.Module], after: Sequence[str], example: Tensor) -> None:
-    if example.dim() == 0 or len(example) == 0:
-        raise CutError("the example needs at least one row")
-    example = example.detach().cpu()
-    if example.is_floating_point():
-        example = example.double()
-    rows = 3 if len(example) == 2 else 2
-    other = torch.cat([example] * rows)[:rows]
-    with torch.random.fork_rng(devices=[]):
-        segments = [Segment(piece, torch.float64) for piece in pieces]
-        whole = copy.deepcopy(network).to(device="cpu", dtype=torch.float64)
-        for inputs in (example, other):
-            for train in (True, False):
-                _compare(whole, segments, after, inputs, train)
-
-
-def _compare(whole: nn.Module, segments: Sequence[Segment], after: Sequence[str], inputs: Tensor, train: bool) -> None:
-    mode = f"in {'training' if train else 'evaluation'} with {len(inputs)} rows"
-    whole.train(train)
-    whole.zero_grad()
-    try:
-        torch.default_generator.manual_seed(0)
-        with torch.set_grad_enabled(train):
-            expected = whole(inputs.clone())
-    except Exception as error:  # any code may run here; whatever it raises, the network does not take the example
-        raise CutError(f"the network fails on the example in float64 {mode}: {_line(error)}") from error
-    if not isinstance(expected, Tensor) or not expected.isfinite().all():
-        raise CutError(f"the network's output on the example is not one tensor of finite numbers {mode}")
-    weights = torch.linspace(0.5, 1.5, expected.numel(), dtype=torch.float64).view(expected.shape)
-    if train:
-        if expected.requires_grad:
-            (expected * weights).sum().backward()  # type: ignore[no-untyped-call]
-        for name, p in whole.named_parameters():
-            if p.requires_grad and p.grad is None:
-                raise CutError(f"`{name}` gets no gradient; freeze it (requires_grad_(False)) or take it out")
-    torch.default_generator.manual_seed(0)
-    output = _chain(segments, after, inputs, weights, train, mode)
-    _same("the output", expected, output, mode)
-    for segment in segments:
-        for name, p in segment.module.named_parameters():
-            if train and p.requires_grad:
-                _same(f"the gradient of `{name}`", whole.get_parameter(name).grad, p.grad, mode)
-        for name, buffer in segment.module.named_buffers():
-            _same(f"the buffer `{name}`", whole.get_buffer(name), buffer, mode)
-        segment.clear()
+    def _unused(self, pieces: Sequence[Mapping[bool, Program]]) -> dict[str, int]:
+        """Of each tensor that no piece uses: the piece in which the module runs that has it, or else the last."""
+        used = {name for both in pieces for program in both.values() for name in program.state.values()}
+        homes: dict[str, int] = {}
+        for name in _aliases(self.network):
+            if name in used:
+                continue
+            owner = name.rpartition(".")[0]
+            homes[name] = len(pieces) - 1
+            while owner:
+                found = [n for n, both in enumerate(pieces) if any(_runs(p, owner) for p in both.values())]
+                if found:
+                    homes[name] = found[0]
+                    break
+                owner = owner.rpartition(".")[0]
+        return homes
 
 
-def _chain(
-    segments: Sequence[Segment], after: Sequence[str], inputs: Tensor, weights: Tensor, train: bool, mode: str
-) -> Tensor:
-    """Forward and backward through the pieces as parties do it: only values and gradients pass."""
-    received, made = [inputs.clone()], []
-    for number, segment in enumerate(segments):
-        where = f"after `{after[number]}`" if number < len(after) else "at the end"
-        try:
-            value = segment.forward(received[-1], train)
-        except Exception as error:  # as above
-            raise CutError(f"the piece that ends {where} fails on its own {mode}: {_line(error)}") from error
-        if value.dim() == 0 or len(value) != len(inputs):
-            raise CutError(f"what comes {where} does not have one row for each record; cut elsewhere")
-        made.append(value)
-        received.append(value.detach().clone().requires_grad_(value.requires_grad))
-    gradient: Tensor | None = weights
-    for value, source in zip(reversed(made), reversed(received[:-1]), strict=True):
-        if value.requires_grad and gradient is not None:
-            value.backward(gradient)  # type: ignore[no-untyped-call]
-        gradient = source.grad
-    return made[-1].detach()
+def _runs(program: Program, module: str) -> bool:
+    return any(each.partition("#")[0] == module for node in program.nodes for each in node.modules)
 
 
-def _same(what: str, expected: Tensor | None, found: Tensor | None, mode: str) -> None:
-    if expected is None or found is None or expected.shape != found.shape:
-        raise CutError(f"the pieces are not the network: {what} differs {mode}; cut elsewhere")
-    if expected.numel() == 0:
-        return
-    expected, found = expected.detach().double(), found.detach().double()
-    far = (expected - found).abs().max().item()
-    if not far <= _TOLERANCE * max(1.0, expected.abs().max().item()):
-        raise CutError(f"the pieces are not the network: {what} differs by {far:.3g} {mode}; cut elsewhere")
+def _groups(together: Sequence[Collection[int]], pieces: int) -> list[int]:
+    """The number of each piece's owner."""
+    owners = list(range(pieces))
+    for group in together:
+        for piece in group:
+            if not 0 <= piece < pieces:
+                raise CutError(f"together names piece {piece}, and there are pieces 0 to {pieces - 1}")
+            owners[piece] = min(group)
+    return owners
 
 
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _tensors(network: nn.Module) -> list[tuple[str, Tensor]]:
+    """All parameters and buffers by every name that they have, in the network's order."""
+    return [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+
+
+def _aliases(network: nn.Module) -> dict[str, list[str]]:
+    """All names of each tensor, by the first."""
+    first: dict[int, str] = {}
+    names: dict[str, list[str]] = {}
+    for name, tensor in _tensors(network):
+        names.setdefault(first.setdefault(id(tensor), name), []).append(name)
+    return names
+
+
+def _written_state(program: Program) -> set[str]:
+    """Names of the state that a program writes."""
+    found: set[str] = set()
+    for node in program.nodes:
+        written = set(references(operators.written(node.operator, node.args, node.kwargs)))
+        if operators.keeps_statistics(node.operator, node.args):
+            written |= set(references(node.args[3:5]))
+        found |= {program.state[value] for value in written if value in program.state}
+    return found
+
+
+def _refuse_raw(
+    program: Program, known: Facts, crossings: Sequence[Crossing], groups: Sequence[int], may_cross: Collection[str]
+) -> None:
+    """What no weight has been applied to is the record itself, or as good as that."""
+    for name in may_cross:
+        if name not in program.inputs:
+            raise CutError(f"may_cross names `{name}`, and the inputs are {', '.join(program.inputs)}")
+    for crossing in crossings:
+        made_of = known.inputs.get(crossing.value, frozenset())
+        away = any(groups[target] != groups[0] for target in crossing.targets)
+        if not away or crossing.value in known.weighted or not made_of or made_of <= set(may_cross):
+            continue
+        what = (
+            f"`{crossing.value}`, an input,"
+            if crossing.value in program.inputs
+            else "a value made of "
+            + " and ".join(f"`{name}`" for name in sorted(made_of))
+            + f" without any weight (in `{program.nodes[known.maker[crossing.value]].path}`)"
+        )
+        asked = ", ".join(repr(name) for name in sorted(made_of))
+        raise CutError(f"{what} would reach another party; cut elsewhere, or allow it: may_cross = [{asked}]")
+
+
+def _refuse_without_rows(program: Program, known: Facts, crossings: Sequence[Crossing]) -> None:
+    for crossing in crossings:
+        value = program.values[crossing.value]
+        if crossing.source >= 0 and value.tensor and value.shape[:1] != (known.rows,):
+            path = program.nodes[known.maker[crossing.value]].path
+            raise CutError(
+                f"what `{path}` makes (of shape {' x '.join(map(str, value.shape)) or 'one number'}) would cross, and "
+                "does not have one row for each record; cut elsewhere"
+            )
+
+
+def _names(
+    captured: Captured, training: Sequence[Crossing], evaluation: Sequence[Crossing]
+) -> dict[bool, dict[str, str]]:
+    """What crosses by one name in both modes: that of the module that makes it, and a number."""
+
+    def kind(program: Program, crossing: Crossing) -> tuple[Any, ...]:
+        value = program.values[crossing.value]
+        return crossing.source, value.dtype, tuple(e if isinstance(e, int) else None for e in value.shape)
+
+    names: dict[bool, dict[str, str]] = {True: {}, False: {}}
+    own = {mode: [c for c in found if c.source >= 0] for mode, found in ((True, training), (False, evaluation))}
+    kinds = {mode: [kind(captured.mode(mode), c) for c in found] for mode, found in own.items()}
+    if kinds[True] != kinds[False]:
+        raise CutError("what crosses there is not the same in training and in evaluation; cut elsewhere")
+    made = {node.name: node.path for node in captured.training.nodes}
+    counts: dict[str, int] = {}
+    for one, other in zip(own[True], own[False], strict=True):
+        path = made[one.value]
+        number = counts[path] = counts.get(path, -1) + 1
+        names[True][one.value] = names[False][other.value] = f"{path}:{number}"
+    return names
+
+
+def _renamed(program: Program, names: Mapping[str, str]) -> Program:
+    nodes = tuple(
+        msgspec.structs.replace(
+            node,
+            name=names.get(node.name, node.name),
+            args=renamed(node.args, names),
+            kwargs={key: renamed(argument, names) for key, argument in node.kwargs.items()},
+        )
+        for node in program.nodes
+    )
+    return msgspec.structs.replace(
+        program,
+        inputs=tuple(names.get(name, name) for name in program.inputs),
+        nodes=nodes,
+        outputs=renamed(program.outputs, names),
+        values={names.get(name, name): value for name, value in program.values.items()},
+    )

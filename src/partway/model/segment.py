@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from partway.errors import CutError, UsageError
+from partway.model.piece import Piece
 
 
 class Segment:
@@ -57,15 +58,7 @@ class Segment:
     def __init__(
         self, module: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
-        _refuse(module)
-        try:
-            mine = copy.deepcopy(module)
-        except RuntimeError as error:
-            raise CutError(f"this piece cannot be copied: {str(error).splitlines()[0]}") from error
-        self.module = mine.to(device=device, dtype=dtype).train()
-        for part in self.module.modules():
-            if getattr(part, "inplace", False) is True:
-                part.inplace = False  # type: ignore[assignment]
+        self.module = standing_alone([module])[0].to(device=device, dtype=dtype).train()
         self.draws = any(map(_may_draw, self.module.modules()))
         self.flat, self._total = None, torch.empty(0, dtype=dtype, device=device)
         trainable = [p for p in self.module.parameters() if p.requires_grad]  # a tied one comes once
@@ -175,6 +168,24 @@ class Segment:
         return Segment(self.module, mine.dtype, mine.device)
 
 
+def standing_alone(modules: Sequence[nn.Module]) -> nn.ModuleList:
+    """Copies of pieces that write into nothing that they are given; what they share, their copies share.
+
+    Raises:
+        CutError: as `Segment`.
+    """
+    for module in modules:
+        _refuse(module)
+    try:
+        mine = copy.deepcopy(nn.ModuleList(modules))
+    except RuntimeError as error:
+        raise CutError(f"this piece cannot be copied: {str(error).splitlines()[0]}") from error
+    for part in mine.modules():
+        if getattr(part, "inplace", False) is True:
+            part.inplace = False  # type: ignore[assignment]
+    return mine
+
+
 def initialise(module: nn.Module, secret: bytes) -> None:
     """Draws all weights of `module` anew, in place, from `secret` alone; the global generator is left as it was.
 
@@ -214,6 +225,8 @@ def has_batchnorm(module: nn.Module) -> str | None:
     for name, part in module.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             return name or type(part).__name__
+        if isinstance(part, Piece) and part.mixes:
+            return part.mixes
     return None
 
 
@@ -250,6 +263,8 @@ def _refuse(module: nn.Module) -> None:
 
 
 def _may_draw(part: nn.Module) -> bool:
+    if isinstance(part, Piece):
+        return part.draws
     if not type(part).__module__.startswith("torch.nn."):
         return True  # code we do not know may call a functional dropout; to seed it for nothing does no harm
     if isinstance(part, nn.modules.dropout._DropoutNd):
