@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from partway.errors import CutError
+from partway.model import cache
 from partway.model.check import TOLERANCE, backward, tensors_of, walk
 from partway.model.cut import Piece, cut
 from partway.model.cuts import cuts
@@ -496,3 +498,43 @@ def test_illegal_places_say_why() -> None:
     places = {p.after: p.why_not for p in cuts(Twice(), example(9, 5, 4))}
     assert [place for place, why in places.items() if not why] == ["first", "block.0#1", "block#1"]
     assert "used more than once" in places["block#0"]
+
+
+# -- programs kept in files
+
+
+def test_a_program_is_kept_and_made_again_when_anything_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, by: float, kind: str = "relu") -> None:
+            super().__init__()
+            self.first, self.last, self.by, self.kind = nn.Linear(4, 4), nn.Linear(4, 2), by, {"name": kind}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(getattr(F, self.kind["name"])(self.first(x)) * self.by * GLOBAL[0])
+
+    monkeypatch.setenv("PARTWAY_CACHE", str(tmp_path))
+    made: list[int] = []
+    real = cache.capture
+    monkeypatch.setattr(cache, "capture", lambda *args: made.append(1) or real(*args))
+    x = example(1, 5, 4)
+
+    def times(network: nn.Module) -> int:
+        made.clear()
+        bottom, trunk = cut(network, x, ["first"])
+        assert torch.equal(trunk(bottom(x)), network(x))
+        return len(made)
+
+    assert [times(Scaled(2)), times(Scaled(2)), times(Scaled(3)), times(Scaled(2, "silu"))] == [1, 0, 1, 1]
+    monkeypatch.setitem(GLOBAL, 0, 5.0)  # nothing told the content of it, and the numbers find it
+    assert [times(Scaled(2)), times(Scaled(2))] == [1, 0]
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:50])
+    assert times(Scaled(2)) == 1
+    monkeypatch.setenv("PARTWAY_CACHE", str(tmp_path / "no" / "folder"))
+    (tmp_path / "no").touch()
+    assert times(Scaled(2)) == 1
+
+
+GLOBAL = {0: 1.0}

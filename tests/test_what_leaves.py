@@ -111,7 +111,9 @@ def test_no_record_leaves_its_site(how: str, honest: Run) -> None:
 
 def test_the_search_finds_what_an_identity_bottom_lets_through() -> None:
     """A bottom that hands on its input: every training record is found, at the door and on the wire."""
-    whole, wire, tap = run({**JOB, "network": {"build": "identity_network:identity", "cut": ["through"]}})
+    whole, wire, tap = run(
+        {**JOB, "network": {"build": "identity_network:identity", "cut": ["through"], "may_cross": ["input"]}}
+    )
     for site, training in training_rows(whole):
         assert found(training, tap.plain[site]) == len(training)
         assert found(training, wire.heard[SERVER]) == len(training)

@@ -432,14 +432,15 @@ def _tallies(source: RecordSource | None, evaluation: Evaluation, classes: Class
 
 
 def _refuse_batchnorm(me: str, job: Job, plan: Plan, network: Parts) -> None:
+    instead = "[network] group_norm = 4 puts GroupNorm in its place"
     for name, module in network.modules.items():
         if not (found := has_batchnorm(module)):
             continue
         if job.training.micro_batch:
-            words = f"the {name} has BatchNorm at {found}, whose statistics differ in each micro-batch; use GroupNorm"
+            words = f"the {name} has BatchNorm at {found}, whose statistics differ in each micro-batch; {instead}"
             refuse(me, [Objection(Reason.BATCHNORM, words)])
         if plan[name].laned and len(plan.sites) > 1:
-            words = f"the {name} has BatchNorm at {found}, whose statistics differ at each site; use GroupNorm"
+            words = f"the {name} has BatchNorm at {found}, whose statistics differ at each site; {instead}"
             refuse(me, [Objection(Reason.BATCHNORM, words)])
 
 

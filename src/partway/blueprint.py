@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from partway.config import LANED, Job, Policy
+from partway.config import LANED, Job, JobNetwork, Policy
 from partway.data.records import Schema
 from partway.errors import ConfigError, Refused
-from partway.model.cut import cut
+from partway.model.cut import cut, pack
+from partway.model.norm import with_group_norm
 from partway.model.recipe import build
 from partway.model.sequence import first_dense
 from partway.plan.configurations import extended_vanilla, multi_hop, multi_task, u_shaped, vanilla, vertical
@@ -118,14 +119,16 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
     modules: dict[str, nn.Module] = {}
     if job.network is not None:
         terms = job.network
-        whole = build(terms.build, terms.arguments, policy.networks, policy.most_parameters).to(dtype)
+        whole = _of_terms(terms, policy).to(dtype)
         shape = schemas[plan.holders[0]].shape
         _takes(whole, torch.zeros(4, *shape, dtype=dtype), f"[network] {terms.build}")
         generator = torch.Generator().manual_seed(0)
         after = list(terms.cut)
         if job.embeds:
             after.insert(1, first_dense(whole, *after))
-        pieces = cut(whole, torch.randn(4, *shape, generator=generator), after)
+        example = torch.randn(4, *shape, generator=generator).to(dtype)
+        pieces = cut(whole, example, after, may_cross=terms.may_cross)
+        pack(pieces, example, lambda: _of_terms(terms, policy))
         modules.update(zip(plan.nets, pieces, strict=True))
     else:
         _check_names(job, plan)
@@ -139,6 +142,12 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
     for name in plan.nets:
         outputs[name] = _takes(modules[name], example_of(plan, schemas, outputs, name, dtype), f"segment {name}")
     return Network(whole, modules, inputs, outputs, job.network is None)
+
+
+def _of_terms(terms: JobNetwork, policy: Policy) -> nn.Module:
+    """The whole network that a job asks for, with weights that its own code draws."""
+    whole = build(terms.build, terms.arguments, policy.networks, policy.most_parameters)
+    return with_group_norm(whole, terms.group_norm) if terms.group_norm else whole
 
 
 class Concatenated(nn.Module):

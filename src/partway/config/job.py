@@ -32,7 +32,12 @@ class JobNetwork(Settings, frozen=True, kw_only=True):
     arguments: dict[str, Any] = {}
     """Of the network, as its recipe bounds them."""
     cut: Annotated[list[Annotated[str, Meta(max_length=200)]], Meta(min_length=1, max_length=64)]
-    """Module paths after which the network is cut: one for vanilla, two for a U-shape, one a hop."""
+    """Module paths after which the network is cut: one for vanilla, two for a U-shape, one a hop. Where a module is
+    called more than once, `block#0` is the first call."""
+    may_cross: list[Annotated[str, Meta(max_length=200)]] = []
+    """Inputs of the network that another party may get as they are, or with no weight applied to them."""
+    group_norm: Annotated[int, Meta(ge=0, le=64)] = 0
+    """Puts GroupNorm with so many groups in the place of every BatchNorm; 0 leaves the network as it is."""
 
 
 class SegmentNetwork(Settings, frozen=True, kw_only=True):

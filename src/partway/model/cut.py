@@ -20,23 +20,26 @@ True
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import torch
 from torch import Tensor, nn
 
 from partway.errors import CutError
 from partway.model import operators
-from partway.model.capture import Captured, call_of, capture
-from partway.model.check import check
+from partway.model.cache import captured, note, seen
+from partway.model.capture import Call, Captured, call_of, copied
+from partway.model.check import check, tensors_of
 from partway.model.partition import Crossing, Facts, divide, end_of, facts
-from partway.model.piece import Piece
-from partway.model.program import Program, references, renamed
+from partway.model.piece import Packed, Piece
+from partway.model.program import DTYPES, Program, Value, references, renamed
 from partway.model.sequence import Slice, as_sequence, is_sequence, places, sliceable, slices
 
 __all__ = ["Piece", "Slice", "cut", "places"]
@@ -56,7 +59,8 @@ def cut(
     are programs. A piece says in `inputs` and `outputs` which values it takes and gives, in order.
 
     Ends with a numeric check on copies (`partway.model.check`), so that `network`, its buffers and its mode, and the
-    global random numbers stay as they were.
+    global random numbers stay as they were. Captured programs, and which cuts of them have passed, are kept in files
+    (`partway.model.cache`); what has passed is checked again with one forward in evaluation.
 
     Args:
         network: the whole network, as it is used without Partway.
@@ -75,25 +79,80 @@ def cut(
     if isinstance(after, str) or not after:
         told = f"; it can be cut after {', '.join(places(network))}" if is_sequence(network) else ""
         raise CutError(f"name the modules to cut after in a list{told}")
-    call = call_of(example, kwargs)
+    call, owners = call_of(example, kwargs), _groups(together, len(after) + 1)
     if not together and sliceable(network, after, call):
-        pieces: tuple[Piece | Slice, ...] = slices(network, after)
-        names: Sequence[str] = ["input"]
-    else:
-        try:
-            captured = capture(network, example, kwargs)
-        except CutError as error:
-            chain = as_sequence(network, call)
-            if chain is None or together:
-                raise
-            if not sliceable(chain, after, call):
-                raise CutError(f"{error}; without that it can be cut after {', '.join(places(chain))}") from error
-            pieces, names = slices(chain, after), ["input"]
-        else:
-            pieces = Whole(network, captured).pieces(after, together, may_cross)
-            names = captured.training.inputs
-    check(network, pieces, call, names, _groups(together, len(pieces)))
+        return _sliced(network, network, call, after, may_cross)
+    try:
+        programs, key = captured(network, call)
+    except CutError as error:
+        chain = as_sequence(network, call)
+        if chain is None or together:
+            raise
+        if not sliceable(chain, after, call):
+            raise CutError(f"{error}; without that it can be cut after {', '.join(places(chain))}") from error
+        return _sliced(network, chain, call, after, may_cross)
+    before = seen(key, [list(after), owners, sorted(may_cross)])
+    if key and before.is_file():
+        pieces = Whole(network, programs).pieces(after, together, may_cross)
+        with contextlib.suppress(CutError):  # code may have changed where `content` does not look
+            check(network, pieces, call, programs.training.inputs, owners, forward_only=True)
+            return pieces
+        programs, key = captured(network, call, anew=True)
+    pieces = Whole(network, programs).pieces(after, together, may_cross)
+    check(network, pieces, call, programs.training.inputs, owners)
+    if key:
+        note(before)
     return pieces
+
+
+def _sliced(
+    network: nn.Module, chain: nn.Module, call: Call, after: Sequence[str], may_cross: Collection[str]
+) -> tuple[Slice, ...]:
+    """The pieces of a network that is a chain of modules."""
+    pieces = slices(chain, after)
+    if not any(True for _ in pieces[0].parameters()) and "input" not in may_cross:
+        raise CutError(
+            f"no weight stands before the end of `{after[0]}`, so that records would reach another party as they are, "
+            "or as good as that; cut elsewhere, or allow it: may_cross = ['input']"
+        )
+    check(network, pieces, call, ["input"], range(len(pieces)))
+    return pieces
+
+
+def pack(pieces: Sequence[Piece | Slice], example: Tensor, fresh: Callable[[], nn.Module]) -> None:
+    """Makes captured pieces what parties run: one tensor comes in, and one goes out.
+
+    Args:
+        example: as in `cut`, shape (records, ...); sizes of what crosses are those that it leads to.
+        fresh: builds the whole network anew.
+
+    Raises:
+        CutError: a piece uses what another than the one before it has made, or what cannot stand in one tensor.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    before: tuple[str, ...] = ()
+    for number, piece in enumerate(pieces):
+        if not isinstance(piece, Piece):
+            continue
+        if number and piece.inputs != before:
+            far = sorted(set(piece.inputs) ^ set(before))
+            raise CutError(
+                f"{', '.join(f'`{name}`' for name in far)} would pass by a party; cut where a piece uses all that the "
+                "one before it makes, and nothing else"
+            )
+        kinds = [DTYPES[piece.spec(name).dtype] for name in piece.inputs]
+        given = [
+            torch.zeros(2, *shapes[name], dtype=kind) if number else example[:2]
+            for name, kind in zip(piece.inputs, kinds, strict=True)
+        ]
+        training = piece.training
+        with torch.no_grad():
+            made = tensors_of(copied(piece).eval()(*given))
+        piece.train(training)
+        shapes |= {name: tuple(tensor.shape[1:]) for name, tensor in zip(piece.outputs, made, strict=True)}
+        record = [Value(piece.spec(n).dtype, tuple(g.shape[1:])) for n, g in zip(piece.inputs, given, strict=True)]
+        piece.packed = Packed(record, [Value(piece.spec(n).dtype, shapes[n]) for n in piece.outputs])
+        piece.fresh, before = fresh, piece.outputs
 
 
 @dataclass(frozen=True)

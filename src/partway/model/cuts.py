@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from partway.model import operators
-from partway.model.capture import call_of, capture, copied
+from partway.model.cache import captured
+from partway.model.capture import call_of, copied
 from partway.model.check import tensors_of
 from partway.model.cut import Whole
 from partway.model.program import DTYPES, Node, Program, references
@@ -99,7 +100,7 @@ def cuts(
         CutError: the network cannot be captured.
     """
     call = call_of(example, kwargs)
-    whole = Whole(network, capture(network, example, kwargs))
+    whole = Whole(network, captured(network, call)[0])
     program = whole.captured.training
     costs = _measured(network, whole, dict(zip(program.inputs, call.tensors, strict=True)))
     makers = {node.name: node.path for node in program.nodes}

@@ -12,7 +12,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,50 @@ from partway.model.program import DTYPES, Argument, Node, Program, Ref, Value, W
 
 _DEVICE = 0
 """The slot of the device on which a piece runs; values have the slots behind it."""
+
+
+class Packed:
+    """Several values of a record side by side in one tensor, as parties send and join them; one stays as it is.
+
+    >>> packed = Packed([Value("float32", (2, 2)), Value("bool", (3,))], [Value("float32", (4,))])
+    >>> square, mask = packed.apart(torch.arange(7.0).view(1, 7))
+    >>> square.shape, mask
+    (torch.Size([1, 2, 2]), tensor([[True, True, True]]))
+
+    Args:
+        inputs: of each value that comes in: its type, and the shape of a record's.
+        outputs: the same of those that go out.
+
+    Raises:
+        CutError: a value is a size, or a type of which a number does not fit into the others'.
+    """
+
+    def __init__(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> None:
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        for values in (self.inputs, self.outputs):
+            if len(values) > 1 and not all(
+                value.floating or value.dtype in ("bool", "uint8", "int8") for value in values
+            ):
+                told = ", ".join(value.dtype for value in values)
+                raise CutError(f"values of types {told} cross together, and do not fit into one tensor; cut elsewhere")
+
+    def apart(self, tensor: Tensor) -> list[Tensor]:
+        """The values that one tensor is made of."""
+        if len(self.inputs) == 1:
+            return [tensor]
+        sizes = [math.prod(map(int, value.shape)) for value in self.inputs]
+        made = []
+        for part, value in zip(torch.split(tensor, sizes, 1), self.inputs, strict=True):
+            part = part.reshape(len(part), *map(int, value.shape))
+            made.append(part if value.floating else part.detach().to(DTYPES[value.dtype]))
+        return made
+
+    def beside(self, values: Sequence[Tensor]) -> Tensor:
+        """One tensor of the values, shape (records, numbers of a record)."""
+        if len(self.outputs) == 1:
+            return values[0]
+        kind = functools.reduce(torch.promote_types, [v.dtype for v in values if v.is_floating_point()])
+        return torch.cat([value.reshape(len(value), -1).to(kind) for value in values], 1)
 
 
 class Piece(nn.Module):
@@ -42,6 +88,10 @@ class Piece(nn.Module):
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    fresh: Callable[[], nn.Module] | None = None
+    """Builds the whole network anew, with weights that its own code draws."""
+    packed: Packed | None = None
+    """Where it is run by parties: how several values make one tensor. Else it takes and gives them one by one."""
 
     def __init__(
         self, training: Program, evaluation: Program, tensors: Mapping[str, Tensor], passing: Mapping[str, Tensor] = {}
@@ -92,10 +142,12 @@ class Piece(nn.Module):
             CutError: an input is missing or of another type or shape than the program is for.
         """
         run, program = self._runs[self.training], self.programs[self.training]
-        slots = self.slots(values)
+        slots = self.slots(self.packed.apart(values[0]) if self.packed is not None else values)
         for step in run.steps:
             step(slots)
         made = tuple(slots[run.slot[output.name]] for output in program.outputs if isinstance(output, Ref))
+        if self.packed is not None:
+            return self.packed.beside(made)
         if program.keys is None:
             return made[0]
         return dict(zip(program.keys, made, strict=True)) if program.keys else made
@@ -233,7 +285,9 @@ class Step:
         if self.gradient and self.autocast:
             slots[self.out] = self.call(*args, **kwargs)
         else:
-            off = contextlib.nullcontext() if self.autocast else torch.autocast(slots[_DEVICE].type, enabled=False)
+            kind = slots[_DEVICE].type  # autocast knows no `meta`
+            plain = self.autocast or kind == "meta"
+            off = contextlib.nullcontext() if plain else torch.autocast(kind, enabled=False)
             with torch.set_grad_enabled(self.gradient and torch.is_grad_enabled()), off:
                 slots[self.out] = self.call(*args, **kwargs)
         for slot in self.free:

@@ -202,6 +202,9 @@ def initialise(module: nn.Module, secret: bytes) -> None:
     """
     if len(secret) != 32:
         raise UsageError(f"first weights are drawn from a secret of 32 bytes, not {len(secret)}")
+    if isinstance(module, Piece):
+        _redraw(module, secret)
+        return
     for name, part in module.named_modules():
         own = list(part.parameters(recurse=False))
         if own and not callable(getattr(part, "reset_parameters", None)):
@@ -214,6 +217,17 @@ def initialise(module: nn.Module, secret: bytes) -> None:
         torch.set_rng_state(_generator_state(secret))
         # apply() goes to the children first, as construction does: a parent may refine what they drew.
         module.apply(lambda part: getattr(part, "reset_parameters", _nothing)())
+
+
+def _redraw(piece: Piece, secret: bytes) -> None:
+    """A captured piece has no modules that could draw: the whole network's own code does, and gives it its part."""
+    if piece.fresh is None:
+        raise CutError("a captured piece has no first weights of its own; build its network by name")
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(_generator_state(secret))
+        drawn = piece.fresh().state_dict()
+    for name, tensor in piece.state_dict().items():
+        tensor.copy_(drawn[name])
 
 
 def has_batchnorm(module: nn.Module) -> str | None:

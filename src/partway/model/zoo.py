@@ -1,4 +1,4 @@
-"""The networks that a job may ask for by name: sequences of modules, so that they can be cut, and without BatchNorm.
+"""The networks that a job may ask for by name, without BatchNorm.
 
 >>> mlp(inputs=4, hidden=[8, 8], classes=3)
 Sequential(
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from torch import nn
+from torch import Tensor, nn
 
 from partway.errors import ConfigError
 from partway.model.recipe import Between, Recipe
@@ -88,7 +88,68 @@ def cnn(channels: int, height: int, width: int, filters: Sequence[int], classes:
     )
 
 
+@dataclass(frozen=True)
+class Resnet:
+    """Arguments of `resnet`."""
+
+    channels: Annotated[int, Between(1, 64)]
+    filters: Annotated[tuple[Annotated[int, Between(1, 1024)], ...], Between(1, 16)]
+    classes: Classes
+    groups: Annotated[int, Between(1, 64)] = 1
+    """Of the normalisation; all numbers of filters are multiples of it."""
+
+    def __post_init__(self) -> None:
+        for filters in self.filters:
+            if filters % self.groups:
+                raise ConfigError(
+                    f"{filters} filters cannot be divided into {self.groups} groups; change one of the two"
+                )
+
+
+class Block(nn.Module):
+    """Two convolutions and what goes around them; the first halves an image's sides."""
+
+    def __init__(self, before: int, after: int, groups: int) -> None:
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(groups, after)
+        self.second, self.second_norm = nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(groups, after)
+        self.around = nn.Conv2d(before, after, 1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first_norm(self.first(x)).relu()
+        made: Tensor = (self.second_norm(self.second(y)) + self.around(x)).relu()
+        return made
+
+
+class ResidualNetwork(nn.Module):
+    """`resnet`."""
+
+    def __init__(self, channels: int, filters: Sequence[int], classes: int, groups: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, filters[0], 3, padding=1)
+        pairs = itertools.pairwise([filters[0], *filters])
+        self.blocks = nn.ModuleList([Block(before, after, groups) for before, after in pairs])
+        self.output = nn.Linear(filters[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for block in self.blocks:
+            x = block(x)
+        scores: Tensor = self.output(x.mean((2, 3)))
+        return scores
+
+
+def resnet(channels: int, filters: Sequence[int], classes: int, groups: int = 1) -> nn.Module:
+    """Residual blocks (He et al., 2016, arXiv:1512.03385) with GroupNorm, each of which halves an image's sides.
+
+    Inputs of shape (records, channels, height, width), scores of shape (records, classes). The modules are `stem`,
+    `blocks.0` and so on, with `first`, `first_norm`, `second`, `second_norm` and `around` in each, and `output`.
+    """
+    return ResidualNetwork(channels, filters, classes, groups)
+
+
 NETWORKS = {
     "mlp": Recipe(lambda a: mlp(a.inputs, a.hidden, a.classes), Mlp),
     "cnn": Recipe(lambda a: cnn(a.channels, a.height, a.width, a.filters, a.classes, a.groups), Cnn),
+    "resnet": Recipe(lambda a: resnet(a.channels, a.filters, a.classes, a.groups), Resnet),
 }
