@@ -16,7 +16,7 @@ ADAM = {"name": "adam", "lr": 0.02}
 
 
 def job(cut: list[str], more: dict[str, Any] | None = None, **training: Any) -> Any:
-    network = {"build": "residual_network:residual", "cut": cut, **(more or {})}
+    network = {"build": "residual_network:residual", "arguments": {}, "cut": cut, **(more or {})}
     return job_of({"network": network}, optimizer=ADAM, **training)
 
 
