@@ -59,6 +59,7 @@ HOUSE = {
     "pki": Room(rooms="errors config", never="torch"),
     "report": Room(rooms=f"{CORE} shapes cost"),
     "blueprint": Room(rooms=f"{CORE} data", never="socket"),
+    "places": Room(rooms=f"{CORE} data blueprint", never="socket"),
     "assembly": Room(rooms=f"{ACCOUNTS} data train party blueprint report", never="socket"),
     "outcome": Room(rooms=f"{ACCOUNTS} data train party assembly report", never="socket"),
     "site": Room(rooms=PROCESS),

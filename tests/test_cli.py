@@ -414,3 +414,27 @@ def test_a_site_s_words_are_shown_as_they_stand(monkeypatch: pytest.MonkeyPatch,
     header = SiteHeader(name="svi", server="localhost:1")
     show.run(Site(site=header, data=Connection(path="x"), policy=Policy()), Path(), None, as_json=False)
     assert "[policy] most_releases is 1" in capsys.readouterr().out
+
+
+def test_plan_shows_every_place_and_draws_it(type_: Type) -> None:
+    Path("job.toml").write_text(toml(JOB))
+    code, out, _ = type_("plan job.toml")
+    assert code == 0
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert "float32[64]" not in out
+    (cut,) = [line for line in out.splitlines() if line.startswith("> ")]
+    assert cut.split() == [">", "hidden.2", "float32[8]", "0.03", "0.03", "0.28", "64.6", "70.2"]
+    assert lines["bottom:"].split() == ["bottom:", "each", "site"]
+    assert Path("job.png").read_bytes().startswith(b"\x89PNG")
+    network = {"build": "partway.model.zoo:resnet", "arguments": {"channels": 1, "filters": [4], "classes": 10}}
+    images = JOB | {"network": network | {"cut": ["blocks.0.first"]}, "records": {"schema": "mnist"}}
+    Path("job.toml").write_text(toml(images))
+    code, out, _ = type_("plan job.toml --json --to there.png")
+    told = json.loads(out)
+    assert (code, told["picture"], told["batchnorm"]) == (0, "there.png", None)
+    (here,) = [place for place in told["places"] if place["job_cuts_here"]]
+    assert [value["shape"] for value in here["crosses"]] == [[4, 28, 28], [4, 14, 14]]
+    assert here["bytes_up"] == 4 * (4 * 28 * 28 + 4 * 14 * 14)
+    Path("job.toml").write_text(toml(JOB | {"network": JOB["network"] | {"cut": ["hidden.9"]}}))
+    assert "The job cuts after `hidden.9`, which is no place." in type_("plan job.toml")[1]
+    assert type_("simulate job.toml")[2].startswith("partway: the network has no module `hidden.9`; did you mean")

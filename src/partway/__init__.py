@@ -19,6 +19,7 @@ if _TYPE_CHECKING:
     from partway.config import Job
     from partway.data.records import Target
     from partway.model.cut import cut
+    from partway.model.cuts import cuts
     from partway.report import Result
     from partway.simulation import simulate
 
@@ -35,6 +36,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "cut",
+    "cuts",
     "simulate",
 ]
 
@@ -43,6 +45,7 @@ _HOMES = {
     "Result": "partway.report",
     "Target": "partway.data.records",
     "cut": "partway.model.cut",
+    "cuts": "partway.model.cuts",
     "simulate": "partway.simulation",
 }
 

@@ -119,7 +119,7 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
     modules: dict[str, nn.Module] = {}
     if job.network is not None:
         terms = job.network
-        whole = _of_terms(terms, policy).to(dtype)
+        whole = network_of_terms(terms, policy).to(dtype)
         shape = schemas[plan.holders[0]].shape
         _takes(whole, torch.zeros(4, *shape, dtype=dtype), f"[network] {terms.build}")
         generator = torch.Generator().manual_seed(0)
@@ -128,7 +128,7 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
             after.insert(1, first_dense(whole, *after))
         example = torch.randn(4, *shape, generator=generator).to(dtype)
         pieces = cut(whole, example, after, may_cross=terms.may_cross)
-        pack(pieces, example, lambda: _of_terms(terms, policy))
+        pack(pieces, example, lambda: network_of_terms(terms, policy))
         modules.update(zip(plan.nets, pieces, strict=True))
     else:
         _check_names(job, plan)
@@ -144,7 +144,7 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
     return Network(whole, modules, inputs, outputs, job.network is None)
 
 
-def _of_terms(terms: JobNetwork, policy: Policy) -> nn.Module:
+def network_of_terms(terms: JobNetwork, policy: Policy) -> nn.Module:
     """The whole network that a job asks for, with weights that its own code draws."""
     whole = build(terms.build, terms.arguments, policy.networks, policy.most_parameters)
     return with_group_norm(whole, terms.group_norm) if terms.group_norm else whole

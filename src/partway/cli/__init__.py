@@ -12,7 +12,7 @@ import typer
 
 from partway import __version__
 from partway.cli import federation, job, ledger, match, server, site
-from partway.cli.alone import check, compare, cost, data, demo, export, predict, simulate
+from partway.cli.alone import check, compare, cost, data, demo, export, plan, predict, simulate
 from partway.errors import PartwayError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (data, check, cost, compare, simulate, predict, export, demo):
+for verb in (data, check, plan, cost, compare, simulate, predict, export, demo):
     app.command()(verb)
 for people, name in (
     *((federation, "federation"), (server, "server"), (site, "site"), (match, "match")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,6 +72,27 @@ def cost(job_file: JobFile, data: Data = None, json: Json = False) -> None:
     if parsed.training.patience:
         text.append("At most: with [training] patience, training may stop before.")
     show({"cost": {party: asdict(spent) for party, spent in costs.items()}}, json, "\n".join(text))
+
+
+def plan(
+    job_file: JobFile,
+    to: Annotated[Path | None, typer.Option(help="A .png file for the picture; else JOB.png here.")] = None,
+    json: Json = False,
+) -> None:
+    """Show where a job's network can be cut, what each cut costs, and where the job cuts it. Nothing is trained."""
+    from partway.config import read_job_file
+
+    parsed = read_job_file(job_file)
+    from partway.assembly import schemas_of
+    from partway.places import draw, survey
+
+    found = survey(parsed, next(iter(schemas_of(parsed).values())))
+    picture = to or Path(f"{job_file.stem}.png")
+    if importlib.util.find_spec("matplotlib") is None:
+        show(found.words(), json, f"{found.text()}\nFor a picture, install partway[demo].")
+        return
+    draw(found, picture)
+    show(found.words() | {"picture": str(picture)}, json, f"{found.text()}\nPicture: {picture}")
 
 
 def compare(

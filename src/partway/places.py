@@ -1,0 +1,161 @@
+"""Where a job's network can be cut and what each cut costs, as a table and as a picture: the body of `partway plan`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from partway.blueprint import DTYPES, configured, network_of_terms
+from partway.config import Job, Policy
+from partway.data.records import Schema
+from partway.errors import UsageError
+from partway.model.cuts import Place, cuts
+from partway.model.segment import has_batchnorm
+from partway.plan.plan import Plan
+
+COLOURS = ("#1b7837", "#0b6e99", "#6a51a3", "#e08214", "#8a8a8a")
+"""Of the parties' segments, in order."""
+FORBIDDEN = "#c9c9c9"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A job's network at all its places."""
+
+    job: Job
+    places: list[Place]
+    segments: list[tuple[str, str]]
+    """Of each piece: the segment, and who runs it."""
+    marks: list[int]
+    """Where the job cuts, as numbers of `places`."""
+    mixes: str | None
+    """The first BatchNorm."""
+
+    def words(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        rows = [
+            {
+                "after": place.after,
+                "others": list(place.others),
+                "why_not": place.why_not,
+                "crosses": [
+                    {"name": c.name, "dtype": c.dtype, "shape": list(c.shape), "gradient": c.gradient}
+                    for c in place.crosses
+                ],
+                "bytes_up": place.bytes_up,
+                "bytes_down": place.bytes_down,
+                "ratio": round(place.ratio, 4),
+                "parameters": [place.before.parameters, place.behind.parameters],
+                "forward_flops": [place.before.forward, place.behind.forward],
+                "backward_flops": [place.before.backward, place.behind.backward],
+                "job_cuts_here": number in self.marks,
+            }
+            for number, place in enumerate(self.places)
+        ]
+        return {"places": rows, "segments": [list(pair) for pair in self.segments], "batchnorm": self.mixes}
+
+    def text(self) -> str:
+        """The table, for a person."""
+        told = [" + ".join(f"{c.dtype}[{', '.join(map(str, c.shape))}]" for c in p.crosses) for p in self.places]
+        wide = [max(map(len, column), default=0) + 2 for column in ([p.after for p in self.places] + ["after"], told)]
+        figures = f"{'KiB up':>9}{'KiB down':>10}{'x input':>9}{'% FLOPs':>9}{'% param.':>10}"
+        lines = [f"  {'after':<{wide[0]}}{'crosses':<{wide[1]}}{figures}"]
+        for number, (place, crosses) in enumerate(zip(self.places, told, strict=True)):
+            mark = "> " if number in self.marks else "  "
+            spent = [place.before.forward + place.before.backward, place.behind.forward + place.behind.backward]
+            share = 100 * spent[0] / max(sum(spent), 1)
+            held = 100 * place.before.parameters / max(place.before.parameters + place.behind.parameters, 1)
+            figures = f"{place.bytes_up / 1024:>9,.2f}{place.bytes_down / 1024:>10,.2f}{place.ratio:>9.2f}"
+            lines.append(f"{mark}{place.after:<{wide[0]}}{crosses:<{wide[1]}}{figures}{share:>9.1f}{held:>10.1f}")
+            if place.why_not:
+                lines.append(f"    no: {place.why_not}")
+        lines.append(f"For one record. Shares are of what stands before the cut. > is where {self.job.job.name} cuts:")
+        lines += [f"  {name}: {party}" for name, party in self.segments]
+        known = {path for place in self.places for path in (place.after, *place.others)}
+        network = self.job.network
+        lost = [path for path in network.cut if path not in known] if network else []
+        lines += [f"The job cuts after `{path}`, which is no place." for path in lost]
+        if self.mixes:
+            lines.append(
+                f"`{self.mixes}` is a BatchNorm, whose statistics differ between sites, so that no site may share it; "
+                "[network] group_norm = 4 puts GroupNorm in the place of each."
+            )
+        return "\n".join(lines)
+
+
+def survey(job: Job, schema: Schema) -> Survey:
+    """Every place of a job's network.
+
+    Raises:
+        UsageError: each segment has a network of its own, so that there is nothing to cut.
+        CutError: the network cannot be captured.
+    """
+    if job.network is None:
+        raise UsageError(f"{job.job.name}: each segment has a network of its own, and none is cut")
+    plan = configured(job)
+    allowed = Policy(networks=list(job.builds), most_parameters=2**31 - 1)
+    dtype = DTYPES[job.training.dtype]
+    whole = network_of_terms(job.network, allowed).to(dtype)
+    example = torch.randn(4, *schema.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    places = cuts(whole, example, may_cross=job.network.may_cross)
+    known = {path: number for number, place in enumerate(places) for path in (place.after, *place.others)}
+    marks = [known[path] for path in job.network.cut if path in known]
+    return Survey(job, places, [(name, _party(plan, name)) for name in plan.nets], marks, has_batchnorm(whole))
+
+
+def _party(plan: Plan, name: str) -> str:
+    at = {plan.place(copy) for copy in plan.copies(name)}
+    return "each site" if plan[name].laned and at != {plan.hub} else ", ".join(sorted(at))
+
+
+def draw(found: Survey, path: Path) -> None:
+    """The network from left to right: bytes that a cut would send, in the colour of who runs what stands there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    places = found.places
+    figure, axes = pyplot.subplots(figsize=(max(8.0, 0.16 * len(places) + 4), 5.2), layout="constrained")
+    owner = [sum(n > mark for mark in found.marks) for n in range(len(places))]
+    heights = [max(place.bytes_up / 1024, 1e-3) for place in places]
+    for number, (name, party) in enumerate(found.segments):
+        own = [n for n in range(len(places)) if owner[n] == number]
+        legal = [n for n in own if not places[n].why_not]
+        colour = COLOURS[number % len(COLOURS)]
+        axes.bar(legal, [heights[n] for n in legal], color=colour, label=f"{name}: {party}", width=0.85)
+        if own:
+            axes.axvspan(own[0] - 0.5, own[-1] + 0.5, color=colour, alpha=0.08, lw=0)
+    barred = [n for n, place in enumerate(places) if place.why_not]
+    axes.bar(
+        barred, [heights[n] for n in barred], color=FORBIDDEN, width=0.85, label="no legal cut" if barred else None
+    )
+    for mark in found.marks:
+        axes.axvline(mark + 0.5, color="#222222", lw=1.2)
+        axes.annotate(
+            f"cut after {places[mark].after}",
+            (mark + 0.5, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -4),
+            textcoords="offset points",
+            rotation=90,
+            va="top",
+            fontsize=8,
+        )
+    raw = places[0].input_bytes / 1024 if places else 0
+    axes.axhline(raw, color="#b2182b", lw=1, ls="--", label=f"a record itself: {raw:,.1f} KiB")
+    if max(heights, default=1) > 300 * min(heights, default=1):
+        axes.set_yscale("log")
+    axes.set_ylabel("KiB that would cross for a record")
+    step = max(1, len(places) // 40)
+    axes.set_xticks(
+        range(0, len(places), step), [places[n].after for n in range(0, len(places), step)], rotation=90, fontsize=7
+    )
+    axes.set_xlim(-0.6, len(places) - 0.4)
+    axes.set_title(f"{found.job.job.name}: what each cut would send, and who runs what")
+    axes.legend(loc="best", fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
