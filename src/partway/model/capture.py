@@ -351,8 +351,17 @@ class _Reader:
         args, kwargs = tuple(map(self.argument, node.args)), {k: self.argument(a) for k, a in node.kwargs.items()}
         operator, args, kwargs = _filled(operator, args, kwargs)
         name = self.names[node]
+        if operator.endswith("out") and "out" in kwargs:  # into memory that is given: made, and then copied there
+            made, out = f"{name}_made", kwargs.pop("out")
+            self.nodes.append(Node(made, _without_out(operator), args, kwargs, _modules(node), gradient, autocast))
+            self.values[made] = self.values[name]
+            operator, args, kwargs = "aten.copy_.default", (out, Ref(made)), {}
         self.nodes.append(Node(name, operator, args, kwargs, _modules(node), gradient, autocast))
-        written = operators.written(operator, args, kwargs)
+        try:
+            written = operators.written(operator, args, kwargs)
+        except CutError as error:
+            line = (node.meta.get("stack_trace") or "").strip().splitlines()
+            raise CutError(f"{error}" + (f", at `{line[-1].strip()}`" if line else "")) from None
         if isinstance(written, Ref) and written.name not in self.state:
             for other, now in self.names.items():
                 if now == written.name:
@@ -421,6 +430,18 @@ def _filled(operator: str, args: Any, kwargs: Any) -> tuple[str, Any, Any]:
         if operator.startswith(empty):
             return operator.replace(empty, zeros), args, kwargs
     return operator, args, kwargs
+
+
+def _without_out(operator: str) -> str:
+    """The operator that gives back what another one writes into memory that it is given."""
+    _, base, overload = operator.split(".")
+    packet = getattr(torch.ops.aten, base)
+    asked = [a.name for a in getattr(packet, overload)._schema.arguments if a.name != "out"]
+    for other in packet.overloads():
+        own = getattr(packet, other)._schema
+        if [a.name for a in own.arguments] == asked and f"aten.{base}.{other}" in operators.allowed():
+            return f"aten.{base}.{other}"
+    return operator
 
 
 def _program(network: nn.Module, module: Any, exported: Any, constants: dict[str, Tensor]) -> Program:

@@ -201,32 +201,30 @@ class Whole:
         _refuse_without_rows(program, known, crossings)
         return parts, crossings
 
-    def crossings(self, path: str) -> list[Crossing]:
-        """What crosses in training where the network is cut in two there, if only because nothing forbids it."""
-        program = self.captured.training
+    def look(self, path: str, may_cross: Collection[str] = ()) -> tuple[list[Crossing], str]:
+        """What crosses in training where the network is cut in two there; and why that may not be, or nothing."""
+        crossings: list[Crossing] = []
         try:
-            return divide(program, [self.mark(program, path)], self._facts[True])[1]
-        except CutError:
-            return []
-
-    def why_not(self, path: str, may_cross: Collection[str] = ()) -> str:
-        """Why the network cannot be cut in two there; nothing if it can."""
-        try:
-            divided = {train: self._divided(train, [path], [0, 1], may_cross) for train in (True, False)}
-            self._refuse_shared([parts for parts, _ in divided.values()], [0, 1])
-            _names(self.captured, divided[True][1], divided[False][1])
+            training, crossings = self._divided(True, [path], [0, 1], may_cross)
+            evaluation, others = self._divided(False, [path], [0, 1], may_cross)
+            self._refuse_shared([training, evaluation], [0, 1])
+            _names(self.captured, crossings, others)
         except CutError as error:
-            return str(error)
-        return ""
+            if not crossings:
+                with contextlib.suppress(CutError):
+                    program = self.captured.training
+                    _, crossings = divide(program, [self.mark(program, path)], self._facts[True])
+            return crossings, str(error)
+        return crossings, ""
 
     def _instead(self, after: Sequence[str], may_cross: Collection[str]) -> str:
         """The legal cut that is nearest to the first that is none."""
         paths = self.paths
         for path in after:
-            if path in paths and self.why_not(path, may_cross):
+            if path in paths and self.look(path, may_cross)[1]:
                 place = paths.index(path)
                 for other in sorted(paths, key=lambda p: abs(paths.index(p) - place)):
-                    if not self.why_not(other, may_cross):
+                    if not self.look(other, may_cross)[1]:
                         return f"; the nearest legal cut is after `{other}`"
                 return "; there is no legal cut"
         return ""

@@ -110,6 +110,7 @@ def cuts(
     places = []
     for mark, paths in sorted(ends.items()):
         after, *others = sorted(paths, key=lambda path: (path.count("."), path))
+        found, why_not = whole.look(after, may_cross)
         crosses = tuple(
             Crosses(
                 name=makers.get(crossing.value, crossing.value),
@@ -117,7 +118,7 @@ def cuts(
                 shape=tuple(costs[crossing.value].shape[1:]),
                 gradient=costs[crossing.value].gradient,
             )
-            for crossing in whole.crossings(after)
+            for crossing in found
             if program.values[crossing.value].tensor
         )
         places.append(
@@ -128,7 +129,7 @@ def cuts(
                 before=_side(network, program, costs, call.rows, program.nodes[:mark]),
                 behind=_side(network, program, costs, call.rows, program.nodes[mark:]),
                 input_bytes=sum(t.nbytes for t in call.tensors) // call.rows,
-                why_not=whole.why_not(after, may_cross),
+                why_not=why_not,
             )
         )
     return places

@@ -29,39 +29,38 @@ __and__:Tensor __or__:Tensor __xor__:Tensor _prelu_kernel _to_copy _unsafe_view 
 _upsample_bilinear2d_aa:default,vec _upsample_nearest_exact1d:default,vec _upsample_nearest_exact2d:default,vec
 _upsample_nearest_exact3d:default,vec _weight_norm _weight_norm_interface abs abs_ acos acos_ acosh acosh_
 adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
-adaptive_max_pool3d add:Scalar,Tensor add_:Scalar,Tensor addbmm addbmm_ addcdiv addcdiv_ addcmul addcmul_ addmm
-addmm_ affine_grid_generator alias all:default,dim,dims alpha_dropout alpha_dropout_ amax amin any:default,dim,dims
+adaptive_max_pool3d add:Scalar,Tensor add_:Scalar,Tensor addbmm addbmm_ addcdiv addcdiv_ addcmul addcmul_ addmm addmm_
+adjoint affine_grid_generator alias all:default,dim,dims alpha_dropout alpha_dropout_ amax amin any:default,dim,dims
 arange:default,start,start_step argmax argmin argsort:default,stable asin asin_ asinh asinh_ atan atan2 atan2_ atan_
-atanh atanh_ atleast_1d:Sequence,default atleast_2d:Sequence,default atleast_3d:Sequence,default avg_pool1d
-avg_pool2d avg_pool3d baddbmm baddbmm_ batch_norm bernoulli:Tensor,default,p bernoulli_:Tensor,float bilinear
+atanh atanh_ atleast_1d:Sequence,default atleast_2d:Sequence,default atleast_3d:Sequence,default avg_pool1d avg_pool2d
+avg_pool3d baddbmm baddbmm_ batch_norm bernoulli:Tensor,default,p bernoulli_:Tensor,float bilinear
 bitwise_and:Scalar,Tensor bitwise_and_:Scalar,Tensor bitwise_not bitwise_not_ bitwise_or:Scalar,Tensor
 bitwise_or_:Scalar,Tensor bitwise_xor:Scalar,Tensor bitwise_xor_:Scalar,Tensor bmm broadcast_to bucketize:Tensor cat
-cdist ceil ceil_ celu celu_ channel_shuffle chunk clamp:Tensor,default clamp_:Tensor,default
-clamp_max:Tensor,default clamp_max_:Tensor,default clamp_min:Tensor,default clamp_min_:Tensor,default
-clip:Tensor,default clip_:Tensor,default clone col2im complex concat concatenate constant_pad_nd contiguous
-conv1d:default,padding conv2d:default,padding conv3d:default,padding conv_transpose1d conv_transpose2d:input
-conv_transpose3d:input convolution copy_ cos cos_ cosh cosh_ cosine_similarity cross cross_entropy_loss cummax
-cumprod cumprod_ cumsum cumsum_ detach detach_ diag_embed diagonal diff dist
-div:Scalar,Scalar_mode,Tensor,Tensor_mode div_:Scalar,Scalar_mode,Tensor,Tensor_mode dot dropout dropout_ einsum elu
-elu_ embedding eq:Scalar,Tensor eq_:Scalar,Tensor erf erf_ erfc erfc_ exp exp2 exp2_ exp_ expand expand_as expm1
-expm1_ exponential_ eye:default,m feature_alpha_dropout feature_alpha_dropout_ feature_dropout feature_dropout_
-fft_fft fft_fft2 fft_fftn fft_fftshift fft_ifft fft_ifft2 fft_ifftn fft_ifftshift fft_irfft fft_irfft2 fft_rfft
-fft_rfft2 fill_:Scalar,Tensor flatten:using_ints flip fliplr floor floor_ floor_divide:Scalar,default
-floor_divide_:Scalar,Tensor fmax fmin fmod:Scalar,Tensor fmod_:Scalar,Tensor frac frac_ full full_like gather
-ge:Scalar,Tensor ge_:Scalar,Tensor gelu gelu_ glu grid_sampler grid_sampler_2d grid_sampler_3d group_norm gru:input
-gru_cell gt:Scalar,Tensor gt_:Scalar,Tensor hann_window hardshrink hardsigmoid hardsigmoid_ hardswish hardswish_
-hardtanh hardtanh_ hstack im2col imag index:Tensor index_add index_add_ index_fill:int_Scalar,int_Tensor
-index_fill_:int_Scalar,int_Tensor index_put index_put_ index_select instance_norm isfinite isinf isnan kthvalue
-layer_norm le:Scalar,Tensor le_:Scalar,Tensor leaky_relu leaky_relu_ lerp:Scalar,Tensor lerp_:Scalar,Tensor
-lift_fresh_copy linalg_cholesky linalg_cross linalg_inv linalg_matrix_norm:default,str_ord
-linalg_norm:default,ord_str linalg_qr linalg_solve linalg_vector_norm linear linspace log log10 log10_ log1p log1p_
-log2 log2_ log_ log_softmax:int logcumsumexp logical_and logical_and_ logical_not logical_not_ logical_or
-logical_or_ logical_xor logical_xor_ logit logit_ logsumexp lstm:input lstm_cell lt:Scalar,Tensor lt_:Scalar,Tensor
-mT masked_fill:Scalar,Tensor masked_fill_:Scalar,Tensor masked_scatter masked_scatter_ matmul max:default,dim,other
-max_pool1d max_pool2d max_pool2d_with_indices max_pool3d maximum mean:default,dim median:default,dim
-meshgrid:default,indexing min:default,dim,other minimum mish mish_ mm movedim:int,intlist mse_loss mul:Scalar,Tensor
-mul_:Scalar,Tensor mv nan_to_num nan_to_num_ nanmean nansum narrow native_group_norm native_layer_norm
-ne:Scalar,Tensor ne_:Scalar,Tensor neg neg_ new_full new_ones new_zeros nll_loss
+cdist ceil ceil_ celu celu_ channel_shuffle chunk clamp:Tensor,default clamp_:Tensor,default clamp_max:Tensor,default
+clamp_max_:Tensor,default clamp_min:Tensor,default clamp_min_:Tensor,default clip:Tensor,default clip_:Tensor,default
+clone col2im complex concat concatenate constant_pad_nd contiguous conv1d:default,padding conv2d:default,padding
+conv3d:default,padding conv_transpose1d conv_transpose2d:input conv_transpose3d:input convolution copy_ cos cos_ cosh
+cosh_ cosine_similarity cross cross_entropy_loss cummax cumprod cumprod_ cumsum cumsum_ detach detach_ diag_embed
+diagonal diff dist div:Scalar,Scalar_mode,Tensor,Tensor_mode div_:Scalar,Scalar_mode,Tensor,Tensor_mode dot dropout
+dropout_ einsum elu elu_ embedding eq:Scalar,Tensor eq_:Scalar,Tensor erf erf_ erfc erfc_ exp exp2 exp2_ exp_ expand
+expand_as expm1 expm1_ exponential_ eye:default,m feature_alpha_dropout feature_alpha_dropout_ feature_dropout
+feature_dropout_ fft_fft fft_fft2 fft_fftn fft_fftshift fft_ifft fft_ifft2 fft_ifftn fft_ifftshift fft_irfft
+fft_irfft2 fft_rfft fft_rfft2 fill_:Scalar,Tensor flatten:using_ints flip fliplr floor floor_
+floor_divide:Scalar,default floor_divide_:Scalar,Tensor fmax fmin fmod:Scalar,Tensor fmod_:Scalar,Tensor frac frac_
+full full_like gather ge:Scalar,Tensor ge_:Scalar,Tensor gelu gelu_ glu grid_sampler grid_sampler_2d grid_sampler_3d
+group_norm gru:input gru_cell gt:Scalar,Tensor gt_:Scalar,Tensor hann_window hardshrink hardsigmoid hardsigmoid_
+hardswish hardswish_ hardtanh hardtanh_ hstack im2col imag index:Tensor index_add index_add_
+index_fill:int_Scalar,int_Tensor index_fill_:int_Scalar,int_Tensor index_put index_put_ index_select instance_norm
+isfinite isinf isnan kthvalue layer_norm le:Scalar,Tensor le_:Scalar,Tensor leaky_relu leaky_relu_ lerp:Scalar,Tensor
+lerp_:Scalar,Tensor lift_fresh_copy linalg_cholesky linalg_cross linalg_inv linalg_matrix_norm:default,str_ord
+linalg_norm:default,ord_str linalg_qr linalg_solve linalg_vecdot linalg_vector_norm linear linspace log log10 log10_
+log1p log1p_ log2 log2_ log_ log_softmax:int logcumsumexp logical_and logical_and_ logical_not logical_not_ logical_or
+logical_or_ logical_xor logical_xor_ logit logit_ logsumexp lstm:input lstm_cell lt:Scalar,Tensor lt_:Scalar,Tensor mH
+mT masked_fill:Scalar,Tensor masked_fill_:Scalar,Tensor masked_scatter masked_scatter_ matmul matrix_H
+max:default,dim,other max_pool1d max_pool2d max_pool2d_with_indices max_pool3d maximum mean:default,dim
+median:default,dim meshgrid:default,indexing min:default,dim,other minimum mish mish_ mm movedim:int,intlist mse_loss
+mul:Scalar,Tensor mul_:Scalar,Tensor mv nan_to_num nan_to_num_ nanmean nansum narrow native_group_norm
+native_layer_norm ne:Scalar,Tensor ne_:Scalar,Tensor neg neg_ new_full new_ones new_zeros nll_loss
 norm:Scalar,ScalarOpt_dim,ScalarOpt_dim_dtype,ScalarOpt_dtype normal_ numpy_T one_hot ones ones_like outer pad
 pairwise_distance permute pixel_shuffle pixel_unshuffle polar pow:Scalar,Tensor_Scalar,Tensor_Tensor
 pow_:Scalar,Tensor prelu prod:default,dim_int rand rand_like randn randn_like real reciprocal reciprocal_
@@ -69,20 +68,19 @@ reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 relu6_ relu_ remai
 remainder_:Scalar,Tensor repeat repeat_interleave:self_Tensor,self_int replication_pad1d replication_pad2d
 replication_pad3d reshape reshape_as rms_norm rnn_relu:input rnn_relu_cell rnn_tanh:input rnn_tanh_cell roll rot90
 round:decimals,default round_:decimals,default rrelu rrelu_ rsqrt rsqrt_ rsub:Scalar,Tensor scalar_tensor
-scaled_dot_product_attention scatter:reduce,src,value,value_reduce scatter_:reduce,src,value,value_reduce
-scatter_add scatter_add_ searchsorted:Tensor select:int select_scatter selu selu_ sigmoid sigmoid_ sign sign_ silu
-silu_ sin sin_ sinc sinc_ sinh sinh_ slice:Tensor slice_scatter softmax:int softplus softshrink sort:default,stable
+scaled_dot_product_attention scatter:reduce,src,value,value_reduce scatter_:reduce,src,value,value_reduce scatter_add
+scatter_add_ searchsorted:Tensor select:int select_scatter selu selu_ sigmoid sigmoid_ sign sign_ silu silu_ sin sin_
+sinc sinc_ sinh sinh_ slice:Tensor slice_scatter softmax:int softplus softshrink sort:default,stable
 split:Tensor,default,sizes split_with_sizes sqrt sqrt_ square square_ squeeze:default,dim,dims
 squeeze_:default,dim,dims stack std:correction,default,dim std_mean:correction,default,dim sub:Scalar,Tensor
 sub_:Scalar,Tensor sum:default,dim_IntList swapaxes swapaxes_ swapdims swapdims_ sym_numel sym_size:int t t_
 take_along_dim tan tan_ tanh tanh_ tensor_split:indices,sections tensordot threshold threshold_ tile
-to:device,dtype,dtype_layout,other topk trace transpose:int transpose_ tril tril_ tril_indices triu triu_
-triu_indices true_divide:Scalar,Tensor true_divide_:Scalar,Tensor trunc trunc_ type_as unbind:int unflatten:int
-unfold uniform_ unsqueeze unsqueeze_ upsample_bicubic2d:default,vec upsample_bilinear2d:default,vec
-upsample_linear1d:default,vec upsample_nearest1d:default,vec upsample_nearest2d:default,vec
-upsample_nearest3d:default,vec upsample_trilinear3d:default,vec var:correction,default,dim
-var_mean:correction,default,dim view:default,dtype view_as view_as_complex view_as_real vstack
-where:Scalar,ScalarOther,ScalarSelf,self zero_ zeros zeros_like
+to:device,dtype,dtype_layout,other topk trace transpose:int transpose_ tril tril_ tril_indices triu triu_ triu_indices
+true_divide:Scalar,Tensor true_divide_:Scalar,Tensor trunc trunc_ type_as unbind:int unflatten:int unfold uniform_
+unsqueeze unsqueeze_ upsample_bicubic2d:default,vec upsample_bilinear2d:default,vec upsample_linear1d:default,vec
+upsample_nearest1d:default,vec upsample_nearest2d:default,vec upsample_nearest3d:default,vec
+upsample_trilinear3d:default,vec var:correction,default,dim var_mean:correction,default,dim vdot view:default,dtype
+view_as view_as_complex view_as_real vstack where:Scalar,ScalarOther,ScalarSelf,self zero_ zeros zeros_like
 """
 """`name:overload,overload`; a name alone has the overload `default`."""
 
@@ -118,7 +116,8 @@ _ON_NUMBERS: Mapping[str, Callable[..., Any]] = {
 _VIEWS = """
 reshape flatten unflatten contiguous to _to_copy type_as expand_as view_as reshape_as dropout feature_dropout
 alpha_dropout feature_alpha_dropout pad constant_pad_nd movedim swapaxes swapdims tensor_split chunk split narrow
-broadcast_to atleast_1d atleast_2d atleast_3d meshgrid squeeze numpy_T mT diagonal unbind real imag fliplr
+broadcast_to atleast_1d atleast_2d atleast_3d meshgrid squeeze numpy_T mT mH matrix_H adjoint diagonal unbind real
+imag fliplr
 """
 _MAY_VIEW = frozenset(_VIEWS.split())
 """Those that may give back the memory they got, and do not say so in their schema."""

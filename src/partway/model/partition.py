@@ -30,6 +30,8 @@ class Facts:
     """Sizes, and what hangs on sizes and fixed numbers alone."""
     rows: str | int
     """The symbol that stands for the number of records."""
+    uses: Mapping[str, tuple[str, ...]]
+    """The values that a node uses."""
 
 
 def facts(program: Program, parameters: Collection[str]) -> Facts:
@@ -42,8 +44,9 @@ def facts(program: Program, parameters: Collection[str]) -> Facts:
     inputs: dict[str, frozenset[str]] = {name: frozenset([name]) for name in program.inputs}
     maker: dict[str, int] = {}
     numbers: set[str] = set()
+    uses = {node.name: tuple(references(node)) for node in program.nodes}
     for place, node in enumerate(program.nodes):
-        used = list(references(node))
+        used = uses[node.name]
         maker[node.name] = place
         if weighted.intersection(used):
             weighted.add(node.name)
@@ -55,7 +58,8 @@ def facts(program: Program, parameters: Collection[str]) -> Facts:
         else:
             inputs[node.name] = frozenset().union(*(inputs.get(u, frozenset()) for u in used))
     first = next((program.values[name] for name in program.inputs if program.values[name].shape), Value("tuple"))
-    return Facts(maker, frozenset(weighted), inputs, frozenset(numbers), first.shape[0] if first.shape else 0)
+    rows = first.shape[0] if first.shape else 0
+    return Facts(maker, frozenset(weighted), inputs, frozenset(numbers), rows, uses)
 
 
 def end_of(program: Program, path: str) -> int:
@@ -99,11 +103,11 @@ def divide(program: Program, marks: Sequence[int], known: Facts) -> tuple[list[P
     Raises:
         CutError: a write in place would be lost between two pieces.
     """
-    stage = _stages(program, marks)
+    stage = _stages(program, marks, known)
     used: dict[str, set[int]] = {}
     for node in program.nodes:
         if node.name not in known.numbers:
-            for value in references(node):
+            for value in known.uses[node.name]:
                 used.setdefault(value, set()).add(stage[node.name])
     for value in references(program.outputs):
         used.setdefault(value, set()).add(len(marks))
@@ -129,13 +133,13 @@ def divide(program: Program, marks: Sequence[int], known: Facts) -> tuple[list[P
     return [piece for piece, _ in pieces], found
 
 
-def _stages(program: Program, marks: Sequence[int]) -> dict[str, int]:
+def _stages(program: Program, marks: Sequence[int], known: Facts) -> dict[str, int]:
     """Which piece makes a value. What picks one of several tensors stays with what made them."""
     stage: dict[str, int] = {}
     for place, node in enumerate(program.nodes):
         stage[node.name] = sum(place >= mark for mark in marks)
         if node.operator == "py.getitem":
-            stage[node.name] = stage.get(next(references(node)), stage[node.name])
+            stage[node.name] = stage.get(known.uses[node.name][0], stage[node.name])
     return stage
 
 
@@ -161,21 +165,21 @@ def _piece(
         if value in nodes or value in inputs or value not in known.numbers:
             return
         node = program.nodes[known.maker[value]]
-        if node.operator == "aten.sym_size.int" and not here.issuperset(references(node)):
+        if node.operator == "aten.sym_size.int" and not here.issuperset(known.uses[value]):
             told = _telling(program, inputs, program.values[value].shape)
             if told is None:
                 untold.append(value)
                 return
             node = msgspec.structs.replace(node, args=told)
         nodes[value] = node
-        for other in references(node):
+        for other in references(node):  # a size may be another tensor's here
             make(other)
 
-    wanted = [name for node in list(nodes.values()) for name in references(node)]
+    wanted = [name for node in list(nodes) for name in known.uses[node]]
     for value in [*wanted, *(ref.name for ref in outputs), *(references(program.outputs) if last else ())]:
         make(value)
     kept = sorted(nodes.values(), key=lambda node: known.maker[node.name])
-    needed = {name for node in kept for name in references(node)}
+    needed = {name for node in kept for name in known.uses[node.name]}
     piece = Program(
         inputs=tuple(inputs),
         state={value: name for value, name in program.state.items() if value in needed},
