@@ -31,7 +31,7 @@ class Claim:
     holds: bool
 
     def line(self) -> str:
-        words: dict[str, Any] = {"claim": self.name, "value": round(self.value, 3), "unit": self.unit}
+        words: dict[str, Any] = {"claim": self.name, "value": float(f"{self.value:.4g}"), "unit": self.unit}
         return json.dumps(words | {"bar": self.bar, "holds": self.holds})
 
 

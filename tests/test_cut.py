@@ -479,7 +479,10 @@ def test_every_place_and_its_cost() -> None:
     places = {place.after: place for place in cuts(UNet(), example(2, 5, 1, 8, 8))}
     assert list(places) == ["first", "down", "drop", "middle", "up"]
     down = places["down"]
-    assert [(c.name, c.shape, c.gradient) for c in down.crosses] == [("", (4, 8, 8), True), ("down", (8, 4, 4), True)]
+    assert [(c.name, c.shape, c.gradient) for c in down.crosses] == [
+        ("network", (4, 8, 8), True),
+        ("down", (8, 4, 4), True),
+    ]
     assert down.bytes_up == down.bytes_down == 4 * (256 + 128)
     assert down.ratio == 384 / 64
     first, second = 2 * 64 * 4 * 9, 2 * 16 * 8 * 4 * 9

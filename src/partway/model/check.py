@@ -128,10 +128,11 @@ def walk(
         CutError: a piece fails on its own, or gives a tensor without a row for each record.
     """
     sent: dict[str, Any] = {}
-    tape: list[tuple[list[tuple[str, Any]], list[tuple[str, Any]]]] = []
+    arrived: dict[str, Tensor] = {}
+    tape: list[list[tuple[str, Any]]] = []
     made: list[Tensor] = []
     for number, piece in enumerate(pieces):
-        given = [(n, _received(sent[n]) if n in sent else inputs[n].clone()) for n in piece.inputs]
+        given = [(n, _received(sent[n], n, arrived) if n in sent else inputs[n].clone()) for n in piece.inputs]
         try:
             with torch.set_grad_enabled(train):
                 values = piece(*(value for _, value in given))
@@ -140,7 +141,7 @@ def walk(
             raise CutError(f"the piece that {told} fails on its own {mode}: {_line(error)}") from error
         if number == len(pieces) - 1:
             made = tensors_of(values)
-            tape.append((given, [("", t) for t in made]))
+            tape.append([("", t) for t in made])
             break
         if isinstance(piece, Slice) and not isinstance(values, Tensor):
             raise CutError(f"what comes after `{piece.outputs[0]}` is a {type(values).__name__}, not one tensor")
@@ -149,16 +150,16 @@ def walk(
             if isinstance(value, Tensor) and (value.dim() == 0 or len(value) != rows):
                 raise CutError(f"what comes after `{name}` does not have one row for each record; cut elsewhere")
             sent[name] = value
-        tape.append((given, named_values))
+        tape.append(named_values)
     if weights and train:
         gradients: dict[str, Tensor] = {}
-        for number, (given, values) in reversed(list(enumerate(tape))):
+        for number, values in reversed(list(enumerate(tape))):
             own = [v for _, v in values]
             asked = list(weights) if number == len(tape) - 1 else [gradients.get(name) for name, _ in values]
+            arrived.clear()
             backward(own, asked)
-            for name, value in given:
-                if name in sent and isinstance(value, Tensor) and value.grad is not None:
-                    gradients[name] = gradients[name] + value.grad if name in gradients else value.grad
+            for name, gradient in arrived.items():
+                gradients[name] = gradients[name] + gradient if name in gradients else gradient
     return [t.detach() for t in made]
 
 
@@ -178,8 +179,14 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _received(value: Any) -> Any:
-    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+def _received(value: Any, name: str, arrived: dict[str, Tensor]) -> Any:
+    """A copy, and where its gradient is put: as it is, for a leaf's own is laid out anew, and then rounds otherwise."""
+    if not isinstance(value, Tensor):
+        return value
+    copy = value.detach().clone().requires_grad_(value.requires_grad)
+    if value.requires_grad:
+        copy.register_hook(lambda gradient: arrived.__setitem__(name, gradient))  # type: ignore[no-untyped-call]
+    return copy
 
 
 def _same(what: str, expected: Tensor | None, found: Tensor | None, mode: str) -> None:

@@ -413,7 +413,7 @@ def _names(
     made = {node.name: node.path for node in captured.training.nodes}
     counts: dict[str, int] = {}
     for one, other in zip(own[True], own[False], strict=True):
-        path = made[one.value]
+        path = made[one.value] or "network"
         number = counts[path] = counts.get(path, -1) + 1
         names[True][one.value] = names[False][other.value] = f"{path}:{number}"
     return names

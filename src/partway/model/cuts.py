@@ -113,7 +113,7 @@ def cuts(
         found, why_not = whole.look(after, may_cross)
         crosses = tuple(
             Crosses(
-                name=makers.get(crossing.value, crossing.value),
+                name=makers.get(crossing.value, crossing.value) or "network",
                 dtype=program.values[crossing.value].dtype,
                 shape=tuple(costs[crossing.value].shape[1:]),
                 gradient=costs[crossing.value].gradient,

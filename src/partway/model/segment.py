@@ -239,8 +239,8 @@ def has_batchnorm(module: nn.Module) -> str | None:
     for name, part in module.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             return name or type(part).__name__
-        if isinstance(part, Piece) and part.mixes:
-            return part.mixes
+        if mixes := getattr(part, "mixes", None):  # of a piece, or of one that another process runs
+            return str(mixes)
     return None
 
 
@@ -277,8 +277,8 @@ def _refuse(module: nn.Module) -> None:
 
 
 def _may_draw(part: nn.Module) -> bool:
-    if isinstance(part, Piece):
-        return part.draws
+    if isinstance(draws := getattr(part, "draws", None), bool):  # as above
+        return draws
     if not type(part).__module__.startswith("torch.nn."):
         return True  # code we do not know may call a functional dropout; to seed it for nothing does no harm
     if isinstance(part, nn.modules.dropout._DropoutNd):
