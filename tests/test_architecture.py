@@ -35,7 +35,7 @@ class Room:
 
 CORE = "errors plan config protocol model privacy wire"
 ACCOUNTS = f"{CORE} shapes cost policy ledger egress"
-PROCESS = f"{ACCOUNTS} transport data train party blueprint assembly outcome pki report"
+PROCESS = f"{ACCOUNTS} transport data train party blueprint pretrained assembly outcome pki report"
 """All that a process at a site or a server is made of."""
 
 HOUSE = {
@@ -43,7 +43,7 @@ HOUSE = {
     "plan": Room(rooms="errors", installed=""),
     "config": Room(rooms="errors plan", installed="msgspec"),
     "protocol": Room(rooms="errors plan", installed="msgspec", never="socket asyncio time datetime os pathlib random"),
-    "model": Room(rooms="errors", installed="msgspec safetensors torch"),
+    "model": Room(rooms="errors", installed="msgspec peft safetensors torch"),
     "privacy": Room(rooms="errors", installed="numpy torch cryptography"),
     "wire": Room(rooms="errors protocol.messages", installed="msgspec numpy torch", never="socket asyncio"),
     "transport": Room(rooms="errors", installed="grpc"),
@@ -59,8 +59,10 @@ HOUSE = {
     "pki": Room(rooms="errors config", never="torch"),
     "report": Room(rooms=f"{CORE} shapes cost"),
     "blueprint": Room(rooms=f"{CORE} data", never="socket"),
+    "pretrained": Room(rooms=f"{CORE} data blueprint", never="socket"),
+    "shipped": Room(rooms=f"{CORE} data blueprint pki", never="socket"),
     "places": Room(rooms=f"{CORE} data blueprint", never="socket"),
-    "assembly": Room(rooms=f"{ACCOUNTS} data train party blueprint report", never="socket"),
+    "assembly": Room(rooms=f"{ACCOUNTS} data train party blueprint pretrained report", never="socket"),
     "outcome": Room(rooms=f"{ACCOUNTS} data train party assembly report", never="socket"),
     "site": Room(rooms=PROCESS),
     "server": Room(rooms=PROCESS),
@@ -77,7 +79,7 @@ HOUSE = {
 
 LAZY = {"", "cli", "demo"}
 """Rooms where an import may stand inside a function."""
-OPTIONAL = "matplotlib"
+OPTIONAL = "matplotlib peft"
 """Extras: imported in the function that needs them, in any room."""
 
 CODE_IN_DISGUISE = (

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from partway import cli
 from partway.config import Connection, Policy, Site, SiteHeader, read_job_file
@@ -438,3 +440,39 @@ def test_plan_shows_every_place_and_draws_it(type_: Type) -> None:
     Path("job.toml").write_text(toml(JOB | {"network": JOB["network"] | {"cut": ["hidden.9"]}}))
     assert "The job cuts after `hidden.9`, which is no place." in type_("plan job.toml")[1]
     assert type_("simulate job.toml")[2].startswith("partway: the network has no module `hidden.9`; did you mean")
+
+
+def test_a_segment_is_written_signed_and_shown(type_: Type, office: str) -> None:
+    Path("job.toml").write_text(toml(JOB))
+    code, out, _ = type_("segment write job.toml bottom bottom --identity office")
+    assert code == 0
+    assert out.endswith("Written and signed: bottom\n")
+    code, out, _ = type_("segment show bottom --identity office")
+    assert (code, out.splitlines()[0]) == (0, "Signed by office, an operator of this federation.")
+    assert "It does 2 x dense layer, and 1 smaller steps; 1,224 numbers are trained, 0 fixed." in out
+    assert "WARNING" not in out
+    file = Path("bottom/segment.json")
+    file.write_bytes(file.read_bytes() + b" ")
+    code, _, err = type_("segment show bottom --identity office")
+    assert (code, err) == (2, "partway: the segment was altered after office had signed it\n")
+    code, _, err = type_("segment write job.toml head head --identity office")
+    assert (code, err) == (2, "partway: thyroid has no segment head; it has bottom, trunk\n")
+    Path("bottom/segment.sig").write_bytes(b"x")
+    assert "the segment's signature is none" in type_("segment show bottom --identity office")[2]
+
+
+def test_weights_of_elsewhere_are_divided(type_: Type) -> None:
+    Path("job.toml").write_text(toml(JOB))
+    shapes = {"hidden.0": (32, 29), "hidden.2": (8, 32), "hidden.4": (32, 8), "output": (7, 32)}
+    tensors = {f"{n}.weight": torch.ones(shape) / 30 for n, shape in shapes.items()}
+    save_file(tensors, "network.safetensors")
+    code, out, _ = type_("weights job.toml network.safetensors --without output")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("bottom: 2 tensors, 2 drawn anew: weights/")
+    assert lines[1].startswith("trunk: 1 tensors, 3 drawn anew: weights/")
+    Path("job.toml").write_text(toml(JOB) + "\n" + "\n".join(lines[4:]) + "\n")
+    assert type_("simulate job.toml")[0] == 0
+    code, _, err = type_("simulate job.toml --weights elsewhere")
+    assert code == 3
+    assert ".safetensors into elsewhere" in err

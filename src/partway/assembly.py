@@ -31,6 +31,7 @@ from partway.plan.private import EMBEDDING, OWN, SHARED, STEM
 from partway.plan.rate import Rate
 from partway.plan.schedules import SCHEDULES, every_party
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
+from partway.pretrained import take
 from partway.protocol.messages import Reason
 from partway.protocol.net import compile
 from partway.report import Left, read_left
@@ -275,6 +276,8 @@ class Place:
     """Where the ledger goes; None keeps none."""
     earlier: Path | None = None
     """Where jobs before this one have left their folders."""
+    weights: Path | None = None
+    """Where files of weights lie that jobs name by digest."""
     device: str = "auto"
     tap: Tap | None = None
     released: int = 0
@@ -332,6 +335,8 @@ def assemble(
         if copy.segment == original(copy.segment):
             initialise(module, first_weights(secret, digest, copy.segment))
         segments[copy] = Segment(module, dtype, device)
+        if job.network is not None and copy.segment in job.network.weights:
+            take(place.weights, segments[copy], copy.segment, job.network.weights[copy.segment])
     left = take_left(place.earlier, job, network, segments) if job.predict and segments else None
     ledger = Ledger(
         place.folder / "ledger.jsonl" if place.folder else None, derived(secret, "ledger"), place.identity.sign

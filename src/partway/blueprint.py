@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from partway.config import LANED, Job, JobNetwork, Policy
 from partway.data.records import Schema
 from partway.errors import ConfigError, Refused
+from partway.model.adapters import with_adapters
 from partway.model.cut import cut, pack
 from partway.model.norm import with_group_norm
 from partway.model.recipe import build
@@ -31,12 +32,32 @@ Schemas = Mapping[str, Schema]
 
 
 def configured(job: Job, server: str = "server") -> Plan:
-    """A job's plan, with the flow `split` alone.
+    """A job's plan, with the flow `split` alone. No gradient goes back to where nothing is trained.
 
     Raises:
         PlanError: it is one of the job's own, and wrong: with all its faults.
         ConfigError: the job does not say who holds what.
     """
+    plan = _configured(job, server)
+    frozen = job.network.frozen if job.network else []
+    for name in frozen:
+        if name not in plan.nets:
+            raise ConfigError(f"[network] frozen names {name}; the segments are {', '.join(plan.nets)}")
+    if frozen and set(plan.nets) <= set(frozen):
+        raise ConfigError("[network] frozen names every segment, so that nothing is trained")
+    if "trunk" in frozen and job.training.schedule == "half_trained":
+        raise ConfigError("[network] frozen: in half_trained the server trains the trunk, which cannot be frozen")
+    edges = plan.edges("split")
+
+    def idle(name: str) -> bool:
+        sources = [e.source for e in edges if e.target == name and e.kind == "activations"]
+        return (name in frozen or plan[name].kind == "records") and all(map(idle, sources))
+
+    kept = tuple(replace(e, gradient=False) if e.gradient and idle(e.source) else e for e in edges)
+    return replace(plan, flows=(("split", kept),)).checked() if frozen else plan
+
+
+def _configured(job: Job, server: str) -> Plan:
     training, sites = job.training, job.sites or ("site",)
     if job.plan is not None:
         return own_plan(job, server)
@@ -130,6 +151,8 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
         pieces = cut(whole, example, after, may_cross=terms.may_cross)
         pack(pieces, example, lambda: network_of_terms(terms, policy))
         modules.update(zip(plan.nets, pieces, strict=True))
+        for name in terms.frozen:
+            modules[name].requires_grad_(False)
     else:
         _check_names(job, plan)
         for name in plan.nets:
@@ -147,7 +170,12 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
 def network_of_terms(terms: JobNetwork, policy: Policy) -> nn.Module:
     """The whole network that a job asks for, with weights that its own code draws."""
     whole = build(terms.build, terms.arguments, policy.networks, policy.most_parameters)
-    return with_group_norm(whole, terms.group_norm) if terms.group_norm else whole
+    if terms.group_norm:
+        whole = with_group_norm(whole, terms.group_norm)
+    if terms.lora is not None:
+        lora = terms.lora
+        whole = with_adapters(whole, lora.modules, lora.rank, lora.alpha, lora.train)
+    return whole
 
 
 class Concatenated(nn.Module):

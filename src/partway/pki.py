@@ -302,6 +302,38 @@ def _digest(nonce: bytes, toml: bytes, schema: bytes) -> bytes:
     return hashlib.sha256(b"partway/job/v1\0" + nonce + len(toml).to_bytes(8, "little") + toml + schema).digest()
 
 
+class _SegmentSignature(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    certificate: bytes
+    signature: bytes
+
+
+def sign_segment(identity: Identity, program: bytes) -> bytes:
+    """An operator's certificate and signature of a segment's program. Raises `TrustError` if it is no operator."""
+    if identity.subject.role is not Role.OPERATOR:
+        raise TrustError(f"{identity.name} is {identity.subject.role}; only operators sign segments")
+    made = _SegmentSignature(identity.certificate_pem, identity.sign(_SEGMENT + program))
+    return msgspec.msgpack.encode(made)
+
+
+def segment_signer(signature: bytes, program: bytes, authority_pem: bytes) -> Subject:
+    """Who signed a segment's program. Raises `TrustError` if it was altered, or no operator of this federation did."""
+    try:
+        made = msgspec.msgpack.decode(signature, type=_SegmentSignature)
+    except msgspec.MsgspecError:
+        raise TrustError(
+            "the segment's signature is none; an operator makes one with `partway segment write`"
+        ) from None
+    operator = verify_certificate(made.certificate, authority_pem)
+    if operator.role is not Role.OPERATOR:
+        raise TrustError(f"the segment is signed by {operator.name}, {operator.role}; only operators sign segments")
+    if not signed_by(operator.key_der, made.signature, _SEGMENT + program):
+        raise TrustError(f"the segment was altered after {operator.name} had signed it")
+    return operator
+
+
+_SEGMENT = b"partway/segment/v1\0"
+
+
 # -- parties' folders
 
 

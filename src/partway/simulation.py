@@ -110,6 +110,7 @@ def federation(
     taps: Mapping[str, Tap] | None = None,
     folder: Path | None = None,
     earlier: Path | None = None,
+    weights: Path | None = None,
     device: str = "auto",
 ) -> Federation:
     """All parties of a job, each with its own certificate, secret, policy, door and ledger.
@@ -120,6 +121,7 @@ def federation(
         taps: see every plaintext that leaves a party.
         folder: each party's ledger goes into a folder of its name here.
         earlier: what jobs before this one have left at each party is in a folder of its name here.
+        weights: where all parties' files of weights lie that the job names by digest.
     """
     steward = pki.Authority.create("simulate")
     names = sorted(records) if job.laned else [p for p in configured(job, SERVER).parties if p != SERVER]
@@ -144,6 +146,7 @@ def federation(
             records=records.get(name),
             folder=home,
             earlier=earlier / name if earlier else None,
+            weights=weights,
             device=device,
             tap=(taps or {}).get(name),
         )
@@ -172,6 +175,7 @@ def simulate(
     classes: int | None = None,
     target: Target | None = None,
     folder: Path | None = None,
+    weights: Path | None = None,
     watch: Callable[[str, Assembled], None] | None = None,
 ) -> Result:
     """Runs a job in one process and returns what all its parties know together.
@@ -182,6 +186,7 @@ def simulate(
         classes: how many there are, where `data` holds datasets.
         target: in place of `classes`, what their labels are.
         folder: where ledgers, result and network are written; nothing is written without it.
+        weights: where the files lie that `[network.weights]` names by digest.
         watch: called with each party that has taken a message, for progress.
 
     Raises:
@@ -202,7 +207,7 @@ def simulate(
     if classes is not None or target is not None:
         job = msgspec.structs.replace(job, records=msgspec.structs.replace(job.records, schema="dataset"), columns=None)
     began = time.perf_counter()
-    whole = federation(job, records, folder=folder)
+    whole = federation(job, records, folder=folder, weights=weights)
     whole.run(watch=watch)
     result = together(whole, time.perf_counter() - began)
     if folder is not None:

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from partway import __version__
-from partway.cli import federation, job, ledger, match, server, site
-from partway.cli.alone import check, compare, cost, data, demo, export, plan, predict, simulate
+from partway.cli import federation, job, ledger, match, segment, server, site
+from partway.cli.alone import check, compare, cost, data, demo, export, plan, predict, simulate, weights
 from partway.errors import PartwayError
 
 app = typer.Typer(
@@ -21,11 +21,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (data, check, plan, cost, compare, simulate, predict, export, demo):
+for verb in (data, check, plan, weights, cost, compare, simulate, predict, export, demo):
     app.command()(verb)
 for people, name in (
     *((federation, "federation"), (server, "server"), (site, "site"), (match, "match")),
-    *((job, "job"), (ledger, "ledger")),
+    *((job, "job"), (ledger, "ledger"), (segment, "segment")),
 ):
     app.add_typer(people.verbs, name=name)
 

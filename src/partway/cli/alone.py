@@ -116,6 +116,7 @@ def simulate(
     job_file: JobFile,
     data: Data = None,
     folder: Annotated[Path | None, typer.Option(help="Where result, weights and ledgers go.")] = None,
+    weights: Annotated[Path, typer.Option(help="Where files of weights lie that the job names.")] = Path("weights"),
     json: Json = False,
 ) -> None:
     """Run a job in one process: the same parties, door and frames as the real thing."""
@@ -135,7 +136,7 @@ def simulate(
             if name == "server" and session.turns:
                 line.update(f"{parsed.job.name}: turn {max(session.at, 0)} of {len(session.turns)}")
 
-        result = run(parsed, records, folder=folder, watch=watch)
+        result = run(parsed, records, folder=folder, weights=weights, watch=watch)
     rows = {**result.sites, **(result.targets or ({"all sites": result.all} if result.all else {}))}
     text = []
     for name, row in rows.items():
@@ -145,6 +146,27 @@ def simulate(
         )
         text.append(f"{name}: {told}{few}")
     show(result.words(), json, "\n".join([*text, f"in {folder}" if folder else "nothing was written"]))
+
+
+def weights(
+    job_file: JobFile,
+    file: Annotated[Path, typer.Argument(help="A safetensors file with the network's own names.")],
+    to: Annotated[Path, typer.Option(help="The folder for the parts.")] = Path("weights"),
+    without: Annotated[list[str] | None, typer.Option(help="A beginning of names that are drawn anew.")] = None,
+    json: Json = False,
+) -> None:
+    """Divide a network's weights into a file for each segment of a job, and tell what the job has to say of them."""
+    from partway.config import read_job_file
+
+    parsed = read_job_file(job_file)
+    from partway.assembly import schemas_of
+    from partway.pretrained import split
+
+    parts = split(parsed, schemas_of(parsed), file, to, without or [])
+    text = [f"{p.segment}: {p.tensors} tensors, {len(p.missing)} drawn anew: {p.file}" for p in parts]
+    text += ["", "In the job:", "[network.weights]", *(f'{p.segment} = "{p.digest}"' for p in parts)]
+    told = {p.segment: {"file": str(p.file), "digest": p.digest, "drawn_anew": list(p.missing)} for p in parts}
+    show({"parts": told}, json, "\n".join(text))
 
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A job's folder with network.safetensors, or that file.")]

@@ -24,6 +24,18 @@ class JobHeader(Settings, frozen=True, kw_only=True):
     """Draws which site fills which place of a union batch, and divides records into training, validation and test."""
 
 
+class Lora(Settings, frozen=True, kw_only=True):
+    """`[network.lora]`: what is trained is a product of low rank beside some layers' weights, which stay."""
+
+    modules: Annotated[list[Annotated[str, Meta(min_length=1, max_length=200)]], Meta(min_length=1, max_length=64)]
+    """Paths of layers, or the last names of their paths."""
+    rank: Annotated[int, Meta(ge=1, le=256)] = 8
+    alpha: Annotated[int, Meta(ge=1, le=1024)] = 16
+    """What is added is multiplied by `alpha / rank`."""
+    train: list[Annotated[str, Meta(min_length=1, max_length=200)]] = []
+    """Beginnings of names of weights that are trained as they are, such as of a new last layer."""
+
+
 class JobNetwork(Settings, frozen=True, kw_only=True):
     """`[network]`: installed code by name, and where it is cut."""
 
@@ -36,6 +48,13 @@ class JobNetwork(Settings, frozen=True, kw_only=True):
     called more than once, `block#0` is the first call."""
     may_cross: list[Annotated[str, Meta(max_length=200)]] = []
     """Inputs of the network that another party may get as they are, or with no weight applied to them."""
+    weights: dict[Name, Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]] = {}
+    """Of segments that were trained elsewhere: the digest of the file with their weights, as `partway weights` tells
+    it. Who runs such a segment has the file."""
+    frozen: list[Name] = []
+    """Segments that are not trained."""
+    lora: Lora | None = None
+    """Low-rank adapters, by the extra `lora`; what has none stays as it is."""
     group_norm: Annotated[int, Meta(ge=0, le=64)] = 0
     """Puts GroupNorm with so many groups in the place of every BatchNorm; 0 leaves the network as it is."""
 

@@ -80,6 +80,8 @@ class SiteHeader(Settings, frozen=True, kw_only=True):
     """The folder of key, certificate and authority, relative to the site file."""
     folder: str = "runs"
     """Where jobs leave their files, relative to the site file."""
+    weights: str = "weights"
+    """Where files of weights lie that jobs name by digest, relative to the site file."""
     silence: Annotated[float, Meta(ge=1, le=3600)] = 30.0
     """Seconds without a sign of life after which a link is given up."""
     device: Annotated[str, Meta(max_length=32)] = "auto"
@@ -108,6 +110,8 @@ class ServerHeader(Settings, frozen=True, kw_only=True):
     """The folder of key, certificate and authority, relative to the server file."""
     folder: str = "runs"
     """Where jobs leave their files, relative to the server file."""
+    weights: str = "weights"
+    """Where files of weights lie that jobs name by digest, relative to the server file."""
     silence: Annotated[float, Meta(ge=1, le=3600)] = 30.0
     """Seconds without a sign of life after which a link is given up."""
     device: Annotated[str, Meta(max_length=32)] = "auto"

@@ -119,6 +119,19 @@ def _sliced(
     return pieces
 
 
+def as_piece(module: nn.Module, example: Tensor) -> Piece:
+    """A module that takes one tensor and gives one, such as a slice of a sequence, captured as a whole.
+
+    Raises:
+        CutError: it cannot be captured, or its program does not do what it does.
+    """
+    call = call_of(example)
+    programs, _ = captured(module, call)
+    pieces = Whole(module, programs).pieces([], (), ())
+    check(module, pieces, call, programs.training.inputs, [0])
+    return pieces[0]
+
+
 def pack(pieces: Sequence[Piece | Slice], example: Tensor, fresh: Callable[[], nn.Module]) -> None:
     """Makes captured pieces what parties run: one tensor comes in, and one goes out.
 

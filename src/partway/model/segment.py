@@ -217,6 +217,12 @@ def initialise(module: nn.Module, secret: bytes) -> None:
         torch.set_rng_state(_generator_state(secret))
         # apply() goes to the children first, as construction does: a parent may refine what they drew.
         module.apply(lambda part: getattr(part, "reset_parameters", _nothing)())
+        for part in module.modules():
+            if callable(
+                reset := getattr(part, "reset_lora_parameters", None)
+            ):  # peft's: an adapter adds nothing at first
+                for adapter in part.lora_A:  # type: ignore[union-attr]
+                    reset(adapter, True)
 
 
 def _redraw(piece: Piece, secret: bytes) -> None:

@@ -69,6 +69,8 @@ class Reason(IntEnum):
     """Policy: what the network says of records would leave."""
     EARLIER = 27
     """What the job's [predict] names is not here: no such job has run, or it has left another network, or nothing."""
+    WEIGHTS = 28
+    """A file of weights that the job names by digest is not here, or does not fit."""
 
 
 class Wrong(IntEnum):

@@ -231,6 +231,7 @@ class Coordinator:
             records=matched.read(data, self._home, job, identity.name) if not job.laned else None,
             folder=submitted.folder,
             earlier=self.folder,
+            weights=self._home / self.settings.weights,
             device=self.settings.device,
         )
         roster = {**job.roster, identity.name: identity.fingerprint}

@@ -197,6 +197,7 @@ class Agent:
                 records=matched.read(data, self._home, job, self.identity.name),
                 folder=folder,
                 earlier=folder.parent,
+                weights=self._home / self.settings.weights,
                 device=self.settings.device,
                 tap=self._tap,
                 released=self._releases.count,
