@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from leaks import found
 from partway import pki
-from partway.assembly import network_of
+from partway.assembly import network_of, schemas_of
 from partway.config import Policy, read_job
 from partway.data import thyroid
 from partway.data.records import statistics_of
@@ -30,6 +31,7 @@ from partway.equality import plain_run
 from partway.errors import JobFailed, PartwayError, Refused, TrustError, UsageError
 from partway.ledger import verify
 from partway.local import SERVER, LocalFederation, Ran, toml
+from partway.pretrained import split
 from partway.protocol.messages import ANYBODY, Bye, Greet, Head
 from partway.transport.grpc import ClientLink, Credentials, call
 from partway.wire import frames
@@ -62,6 +64,42 @@ def federation(records: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     with LocalFederation(folder, records, {"most_releases": 2}, silence=5) as running:
         running.start()
         yield running
+
+
+# -- weights of elsewhere
+
+
+def test_each_party_starts_from_its_own_part_of_weights_of_elsewhere(
+    federation: LocalFederation, tmp_path: Path
+) -> None:
+    """The bottom stays as it came; who has no such file says so, and the operator hears it."""
+    torch.manual_seed(3)
+    shapes = {"hidden.0": (64, 29), "hidden.2": (16, 64), "hidden.4": (128, 16)}
+    tensors = {f"{name}.weight": torch.randn(shape) / 10 for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "elsewhere.safetensors")
+    plain = read_job(toml(job()))
+    parts = split(plain, schemas_of(plain), tmp_path / "elsewhere.safetensors", tmp_path / "weights")
+    network = {**NETWORK, "frozen": ["bottom"], "weights": {part.segment: part.digest for part in parts}}
+    words = job(network=network, training={"epochs": 1}, result=TERMS)
+    with pytest.raises(Refused, match=r"trunk = .* put the file"):
+        federation.run(words)
+    for party in (SERVER, *federation.sites):
+        home = federation.folder / party / "weights"
+        home.mkdir()
+        for part in parts:
+            if part.segment == ("trunk" if party == SERVER else "bottom"):
+                shutil.copy(part.file, home)
+    (lost,) = (federation.folder / "svi" / "weights").iterdir()
+    kept = lost.rename(tmp_path / lost.name)
+    with pytest.raises(Refused, match="svi refuses the job: WEIGHTS"):
+        federation.run({**words, "job": {"name": "thyroid-lost"}})
+    kept.rename(lost)
+    ran = federation.run({**words, "job": {"name": "thyroid-again"}})
+    for party, folder in ran.folders.items():
+        held = load_file(folder / ("segments.safetensors" if party == SERVER else "network.safetensors"))
+        for name in ("hidden.0.weight", "hidden.2.weight"):
+            assert party == SERVER or torch.equal(held[name], tensors[name])
+        assert not torch.equal(held["hidden.4.weight"], tensors["hidden.4.weight"])
 
 
 # -- equality
