@@ -158,10 +158,8 @@ def pack(pieces: Sequence[Piece | Slice], example: Tensor, fresh: Callable[[], n
             torch.zeros(2, *shapes[name], dtype=kind) if number else example[:2]
             for name, kind in zip(piece.inputs, kinds, strict=True)
         ]
-        training = piece.training
         with torch.no_grad():
             made = tensors_of(copied(piece).eval()(*given))
-        piece.train(training)
         shapes |= {name: tuple(tensor.shape[1:]) for name, tensor in zip(piece.outputs, made, strict=True)}
         record = [Value(piece.spec(n).dtype, tuple(g.shape[1:])) for n, g in zip(piece.inputs, given, strict=True)]
         piece.packed = Packed(record, [Value(piece.spec(n).dtype, shapes[n]) for n in piece.outputs])

@@ -69,14 +69,14 @@ def slices(network: nn.Module, after: Sequence[str]) -> tuple[Slice, ...]:
     return tuple(made)
 
 
-def is_sequence(network: nn.Module) -> bool:
-    """Whether a network is a plain `nn.Sequential`, which needs no capture."""
-    return _is_sequence(network)
+def is_sequence(module: nn.Module) -> bool:
+    """Whether a module is a plain `nn.Sequential`, which needs no capture."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module) > 0
 
 
 def sliceable(network: nn.Module, after: Sequence[str], call: Call) -> bool:
     """Whether a network is a sequence of modules, called with one tensor, and none of the places is inside a module."""
-    if not _is_sequence(network) or len(call.tensors) != 1 or call.kwargs:
+    if not is_sequence(network) or len(call.tensors) != 1 or call.kwargs:
         return False
     ends, inside = _ends(network), dict(network.named_modules(remove_duplicate=False))
     return all(path in ends or path not in inside for path in after)
@@ -131,13 +131,9 @@ def first_dense(network: nn.Module, after: str, before: str | None = None) -> st
 # -- where
 
 
-def _is_sequence(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module) > 0
-
-
 def _ends(network: nn.Module) -> dict[str, int]:
     """Each path's end: how many single modules have run by then."""
-    if not _is_sequence(network):
+    if not is_sequence(network):
         raise CutError(
             f"the network is a {type(network).__name__}, not a sequence of modules: "
             "only nn.Sequential, nested or not, can be cut today"
@@ -149,7 +145,7 @@ def _ends(network: nn.Module) -> dict[str, int]:
         nonlocal count
         for name, child in module._modules.items():  # named_children() would leave out a module's second place
             assert child is not None
-            if _is_sequence(child):
+            if is_sequence(child):
                 walk(child, f"{prefix}{name}.")
             else:
                 count += 1
@@ -199,7 +195,7 @@ def _take(module: nn.Module, prefix: str, ends: dict[str, int], start: int, stop
 
 
 def _count(module: nn.Module | None) -> int:
-    return sum(map(_count, module._modules.values())) if module is not None and _is_sequence(module) else 1
+    return sum(map(_count, module._modules.values())) if module is not None and is_sequence(module) else 1
 
 
 def _refuse_shared(pieces: Sequence[nn.Module]) -> None:
