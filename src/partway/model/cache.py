@@ -29,7 +29,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from partway import __version__
 from partway.model.capture import Call, Captured, call_of, capture
 from partway.model.program import Program
 
@@ -113,7 +112,7 @@ class _Unknown(Exception):
 
 def content(network: nn.Module, call: Call) -> str:
     """A digest of all that a network's programs hang on, in hexadecimal; nothing if that cannot be told."""
-    digest = hashlib.sha256(f"{torch.__version__} {__version__} {sys.version_info[:2]} {_texts('partway')}".encode())
+    digest = hashlib.sha256(f"{torch.__version__} {sys.version_info[:2]} {_texts('partway')}".encode())
     try:
         for part in _told(network, call):
             digest.update(part.encode())
