@@ -20,7 +20,7 @@ from partway.data.table import Table, unlabelled
 from partway.errors import UsageError
 from partway.report import read_left, write_whole
 
-ZOO = ("partway.model.zoo:mlp", "partway.model.zoo:cnn")
+ZOO = ("partway.model.zoo:mlp", "partway.model.zoo:cnn", "partway.model.zoo:resnet")
 """Networks that are built without asking, for they are Partway's own."""
 
 

@@ -219,8 +219,8 @@ def test_a_half_precision_is_torch_s(case: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return loss(nets, x, y)
 
-    assert Plain(whole).difference(under_autocast) < 1e-6
-    assert Plain(whole).difference(loss) > 1e-4
+    assert (equal := Plain(whole).difference(under_autocast)) < 1e-6
+    assert Plain(whole).difference(loss) > max(5e-6, 5 * equal)
     scaled = make(precision="float16", dtype="float32")
     scaled.run()
     assert len({s.value for a in scaled.parties.values() for s in a.party.worker._scales.values()}) == 1

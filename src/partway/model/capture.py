@@ -30,7 +30,7 @@ from partway.model.program import DTYPES, Argument, Atom, Node, Program, Ref, Va
 
 ROWS = (5, 7)
 """Rows of what is captured, and captured again if need be: PyTorch takes 0 and 1 to be special."""
-SHORT = 16
+SHORT = 8
 """Steps of a series through a recurrent layer while it is captured; every step costs time there."""
 
 
