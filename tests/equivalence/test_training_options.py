@@ -720,7 +720,5 @@ def test_batchnorm_and_micro_batches_do_not_go_together() -> None:
     """The server's own BatchNorm is allowed otherwise: it sees whole union batches."""
     job = {"network": {"build": "dropout_network:batchnorm", "arguments": {}, "cut": ["one"]}}
     small(job_of(job))
-    with pytest.raises(
-        Refused, match=r"the trunk has BatchNorm at .* differ in each micro-batch; .*group_norm"
-    ):
+    with pytest.raises(Refused, match=r"the trunk has BatchNorm at .* differ in each micro-batch; .*group_norm"):
         small(job_of(job, micro_batch=4))
