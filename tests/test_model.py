@@ -116,6 +116,13 @@ def test_places_that_are_none(after: Any, words: str) -> None:
         cut(network(), rows(), after)
 
 
+def test_a_piece_draws_only_if_something_in_it_does() -> None:
+    """To seed before each forward costs more than a small forward."""
+    bottom, trunk = cut(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Dropout(0.1)), rows(5, 4), ["1"])
+    assert not Segment(bottom).draws
+    assert Segment(trunk).draws
+
+
 def test_networks_that_cannot_be_cut() -> None:
     def refused(whole: nn.Module, words: str, after: str = "0", example: Tensor | None = None) -> None:
         with pytest.raises(CutError, match=words):

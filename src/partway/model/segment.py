@@ -285,6 +285,8 @@ def _refuse(module: nn.Module) -> None:
 def _may_draw(part: nn.Module) -> bool:
     if isinstance(draws := getattr(part, "draws", None), bool):  # as above
         return draws
+    if isinstance(part, nn.Sequential) and type(part).forward is nn.Sequential.forward:
+        return False  # a slice, too, only calls what it holds
     if not type(part).__module__.startswith("torch.nn."):
         return True  # code we do not know may call a functional dropout; to seed it for nothing does no harm
     if isinstance(part, nn.modules.dropout._DropoutNd):
