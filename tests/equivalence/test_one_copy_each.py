@@ -219,7 +219,7 @@ def test_a_half_precision_is_torch_s(case: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return loss(nets, x, y)
 
-    assert (equal := Plain(whole).difference(under_autocast)) < 1e-6
+    assert (equal := Plain(whole).difference(under_autocast)) < 2e-5  # as in test_training_options.py
     assert Plain(whole).difference(loss) > max(5e-6, 5 * equal)
     scaled = make(precision="float16", dtype="float32")
     scaled.run()

@@ -364,7 +364,7 @@ def test_lanes_that_nothing_joins_have_a_norm_each(precision: str, monkeypatch: 
                 assert scales[site] == scaler.get_scale()
         return worst
 
-    assert loop(clip=True) < (1e-6 if half else 1e-10)
+    assert loop(clip=True) < (A_ROUNDING if half else 1e-10)
     if half:
         assert scales["b"] < min(scale for site, scale in scales.items() if site != "b")
     else:
@@ -510,6 +510,11 @@ def scaled(sections: Any = None, sizes: Any = SIZES, factor: float = 1.0, **trai
     return whole
 
 
+A_ROUNDING = 2e-5
+"""Mostly they differ by 1e-8. On some CPUs float32 rounds by where it lies in memory; where that tips a number over to
+the next one in half precision, a step of the optimiser differs by as much."""
+
+
 def autocast(
     whole: Federation,
     optimizer: Callable[..., torch.optim.Optimizer],
@@ -552,9 +557,9 @@ def test_a_half_precision_is_torch_s(half: str, optimizer: str, configuration: s
     whole = scaled(sizes=ALONE, configuration=configuration, optimizer=OPTIMIZERS[optimizer], precision=half, epochs=8)
     kind = getattr(torch, half)
     network, _ = autocast(whole, MAKE[optimizer], kind, half == "float16")
-    assert difference(whole, network) < 1e-6
+    assert difference(whole, network) < A_ROUNDING
     full, _ = autocast(whole, MAKE[optimizer], torch.bfloat16 if half == "float16" else torch.float16)
-    assert difference(whole, full) > 1e-5
+    assert difference(whole, full) > 5 * A_ROUNDING
 
 
 def test_what_crosses_the_cut_is_in_half_precision() -> None:
@@ -577,7 +582,7 @@ def test_a_piece_that_keeps_its_type_keeps_half() -> None:
     whole = scaled(cuts, ALONE, configuration="u_shaped", optimizer=OPTIMIZERS["adam"], precision="bfloat16", epochs=4)
     assert whole.parties["a"].party.worker.shapes.pieces["trunk"].dtype is torch.bfloat16
     network, _ = autocast(whole, MAKE["adam"], torch.bfloat16, scaling=False)
-    assert difference(whole, network) < 1e-6
+    assert difference(whole, network) < A_ROUNDING
 
 
 @configurations
@@ -590,7 +595,7 @@ def test_a_step_that_overflows_is_skipped(configuration: str, clip_norm: float) 
     assert scales[0] == 32768
     assert scales[-1] == scale_of(whole, "a") == scale_of(whole, "server")
     assert scales[-1] == scales[-2]  # it does not only skip
-    assert difference(whole, network) < 1e-6
+    assert difference(whole, network) < A_ROUNDING
     without, _ = autocast(whole, MAKE["adam"], torch.float16, scaling=False, clip=clip_norm or math.inf)
     assert not difference(whole, without) < 1e-4
 
