@@ -35,7 +35,6 @@ def test_a_frozen_segment_stays_as_it_is_and_the_rest_is_trained_as_in_one_place
     configuration: str, frozen: str
 ) -> None:
     whole = small(job({"frozen": [frozen]}, configuration=configuration))
-    first = {c: s.weights() for a in whole.parties.values() for c, s in a.party.worker.segments.items()}
     assert not any(
         s.size for a in whole.parties.values() for c, s in a.party.worker.segments.items() if c.segment == frozen
     )
@@ -44,7 +43,6 @@ def test_a_frozen_segment_stays_as_it_is_and_the_rest_is_trained_as_in_one_place
     moved = small(job({}, configuration=configuration))
     moved.run()
     assert difference(moved, pooled(whole)[0]) > 1e-3
-    assert first
 
 
 def test_no_gradient_is_sent_to_a_frozen_bottom() -> None:

@@ -49,6 +49,12 @@ def mlp(inputs: int, hidden: Sequence[int], classes: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(hidden=nn.Sequential(*layers), output=nn.Linear([inputs, *hidden][-1], classes)))
 
 
+def _divisible(filters: Sequence[int], groups: int) -> None:
+    for number in filters:
+        if number % groups:
+            raise ConfigError(f"{number} filters cannot be divided into {groups} groups; change one of the two")
+
+
 @dataclass(frozen=True)
 class Cnn:
     """Arguments of `cnn`."""
@@ -62,11 +68,7 @@ class Cnn:
     """Of the normalisation; both numbers of filters are multiples of it."""
 
     def __post_init__(self) -> None:
-        for filters in self.filters:
-            if filters % self.groups:
-                raise ConfigError(
-                    f"{filters} filters cannot be divided into {self.groups} groups; change one of the two"
-                )
+        _divisible(self.filters, self.groups)
 
 
 def cnn(channels: int, height: int, width: int, filters: Sequence[int], classes: int, groups: int = 1) -> nn.Sequential:
@@ -99,11 +101,7 @@ class Resnet:
     """Of the normalisation; all numbers of filters are multiples of it."""
 
     def __post_init__(self) -> None:
-        for filters in self.filters:
-            if filters % self.groups:
-                raise ConfigError(
-                    f"{filters} filters cannot be divided into {self.groups} groups; change one of the two"
-                )
+        _divisible(self.filters, self.groups)
 
 
 class Block(nn.Module):
