@@ -53,11 +53,7 @@ def one(name: str, places: int, optimizer: str, steps: int) -> dict[str, float]:
     after = case.cuts[places - 2]
     together = [[0, places - 1]] if case.around else []
     pieces = cut(network, case.args, after, together, case.may_cross, case.kwargs)
-    groups = (
-        [[0, *range(places - 1, places)], *([n] for n in range(1, places - 1))]
-        if together
-        else [[n] for n in range(places)]
-    )
+    groups = [[0, places - 1], *([n] for n in range(1, places - 1))] if case.around else [[n] for n in range(places)]
     owned = [{id(p): (k, p) for n in group for k, p in pieces[n].named_parameters()} for group in groups]
     mine = MAKERS[optimizer](list(whole.parameters()))
     parties = [MAKERS[optimizer]([p for _, p in own.values()]) for own in owned if own]

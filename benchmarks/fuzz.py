@@ -23,9 +23,9 @@ from rich.progress import Progress
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from partway.apart.confined import Confined
 from partway.errors import CutError, JobFailed
 from partway.model import bundle
-from partway.model.confined import Confined
 from partway.model.cut import cut
 
 OPERATORS = [
@@ -117,7 +117,7 @@ def main(quick: bool) -> None:
                 except (CutError, JobFailed) as error:
                     counts["failed apart" if isinstance(error, CutError) else "ended apart"] += 1
                 finally:
-                    apart._process.close()
+                    apart.close()
     tried = counts["refused"] + counts["still a segment"]
     claims = [
         Claim("fuzz_faults", len(faults), f"faults in {tried:,} damaged segments", "0", not faults),

@@ -15,7 +15,7 @@ import time
 from statistics import median
 
 import torch
-from networks import _timm
+from networks import from_timm
 from reporting import Claim, report, spread
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def seconds(module: nn.Module, images: Tensor) -> float:
 
 def ratios(name: str, pairs: int, progress: Progress) -> list[float]:
     torch.manual_seed(0)
-    network, images = _timm(name).train(), torch.randn(4, 3, 224, 224)
+    network, images = from_timm(name).train(), torch.randn(4, 3, 224, 224)
     programs, _ = captured(network, call_of(images))
     (piece,) = Whole(copy.deepcopy(network), programs).pieces([], (), ())
     piece.train()
@@ -54,7 +54,7 @@ def ratios(name: str, pairs: int, progress: Progress) -> list[float]:
 
 def cutting() -> tuple[float, float]:
     """CPU seconds of capture, cut and check of resnet18, and of the same again."""
-    network, images = _timm("resnet18"), torch.randn(4, 3, 224, 224)
+    network, images = from_timm("resnet18"), torch.randn(4, 3, 224, 224)
     spent = []
     for _ in range(2):
         began = time.process_time()

@@ -55,7 +55,7 @@ class _Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__version__ = "0"
 
 
-def _timm(name: str, **more: Any) -> nn.Module:
+def from_timm(name: str, **more: Any) -> nn.Module:
     if not any(isinstance(finder, _Torchvision) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Torchvision())
     with warnings.catch_warnings():
@@ -144,23 +144,23 @@ def _text() -> dict[str, Tensor]:
 
 
 CASES: dict[str, Case] = {
-    "resnet18": Case(lambda: _timm("resnet18"), _image(), (["layer1"], ["layer1", "layer4"])),
-    "resnet50": Case(lambda: _timm("resnet50"), _image(), (["layer1.0.conv2"], ["layer1", "layer4"])),
+    "resnet18": Case(lambda: from_timm("resnet18"), _image(), (["layer1"], ["layer1", "layer4"])),
+    "resnet50": Case(lambda: from_timm("resnet50"), _image(), (["layer1.0.conv2"], ["layer1", "layer4"])),
     "densenet121": Case(
-        lambda: _timm("densenet121"),
+        lambda: from_timm("densenet121"),
         _image(),
         (["features.denseblock1"], ["features.denseblock1", "features.denseblock4"]),
     ),
     "convnext_nano": Case(
-        lambda: _timm("convnext_nano", drop_path_rate=0.1), _image(), (["stages.0"], ["stages.0", "stages.3"])
+        lambda: from_timm("convnext_nano", drop_path_rate=0.1), _image(), (["stages.0"], ["stages.0", "stages.3"])
     ),
     "vit_tiny": Case(
-        lambda: _timm("vit_tiny_patch16_224", img_size=64, drop_path_rate=0.1, proj_drop_rate=0.1),
+        lambda: from_timm("vit_tiny_patch16_224", img_size=64, drop_path_rate=0.1, proj_drop_rate=0.1),
         _image(),
         (["blocks.1.attn"], ["blocks.1", "blocks.10"]),
     ),
     "efficientnet_b0": Case(
-        lambda: _timm("efficientnet_b0", drop_path_rate=0.1, drop_rate=0.1),
+        lambda: from_timm("efficientnet_b0", drop_path_rate=0.1, drop_rate=0.1),
         _image(),
         (["blocks.1"], ["blocks.1", "blocks.5"]),
     ),

@@ -44,6 +44,7 @@ HOUSE = {
     "config": Room(rooms="errors plan", installed="msgspec"),
     "protocol": Room(rooms="errors plan", installed="msgspec", never="socket asyncio time datetime os pathlib random"),
     "model": Room(rooms="errors", installed="msgspec peft safetensors torch"),
+    "apart": Room(rooms="errors model", installed="msgspec safetensors torch"),
     "privacy": Room(rooms="errors", installed="numpy torch cryptography"),
     "wire": Room(rooms="errors protocol.messages", installed="msgspec numpy torch", never="socket asyncio"),
     "transport": Room(rooms="errors", installed="grpc"),

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
 
+from partway.apart.confined import Confined
 from partway.errors import CutError, JobFailed, PartwayError
 from partway.model import bundle
 from partway.model.bundle import PROGRAM, SIGNATURE, WEIGHTS
-from partway.model.confined import Confined
 from partway.model.cut import Piece, cut
 from partway.model.program import Node, Program, Ref, Value
 from partway.model.segment import Segment, has_batchnorm
@@ -112,8 +112,8 @@ def test_a_confined_segment_is_the_segment(folder: Path) -> None:
         (each.forward(x, True) * example(2, 5, 4, 6, 6)).sum().backward()
     torch.testing.assert_close(segment.gradient(), other.gradient())  # flat weights begin anywhere in memory
     assert all(torch.equal(t, other.tensors()[n]) for n, t in segment.tensors().items())
-    mine._process.close()
-    confined._process.close()
+    mine.close()
+    confined.close()
 
 
 # -- refused
@@ -341,7 +341,7 @@ def test_a_confined_process_has_nothing() -> None:
     """Neither files nor network nor other processes; and arithmetic goes on."""
     code = """
         import os, socket, torch
-        from partway.model.confine import confine
+        from partway.apart.limits import confine
         torch.set_num_threads(1)
         torch.ones(2, 2) @ torch.ones(2, 2)
         held = os.open("/dev/null", os.O_WRONLY)
@@ -396,7 +396,7 @@ def test_what_goes_wrong_there_ends_there() -> None:
     with pytest.raises(JobFailed, match="took more than 1 seconds"):
         late(x)
     for each in (fails, grows, late):
-        each._process.close()
+        each.close()
 
 
 def test_recurrent_operators_are_held_to_their_shapes(tmp_path: Path) -> None:

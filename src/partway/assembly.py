@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from partway.blueprint import DTYPES, Network, Schemas, built, concatenated, configured, example_of
-from partway.config import Job, Optimizer, Policy
+from partway.config import Job, Optimizer, Policy, of_any_size
 from partway.cost import Cost, forecast
 from partway.data.records import Records, Schema, Target, statistics_of
 from partway.data.schema import columns_of, layout, part_of
@@ -256,7 +256,7 @@ def forecast_of(job: Job, schema: Schema | Schemas, sizes: Sizes, server: str = 
     if job.laned:
         job = msgspec.structs.replace(job, roster=dict.fromkeys(sizes, ""))
         schema = schema if isinstance(schema, Schema) else next(iter(schema.values()))  # of a roster that was not yet
-    network = network_of(job, Policy(networks=list(job.builds), most_parameters=2**31 - 1), schema, server)
+    network = network_of(job, of_any_size(job.builds), schema, server)
     plan, schedule = plan_of(job, server)
     shapes = shapes_of(job, plan, network, schema)
     turns = [(turn, compile(plan, turn)) for turn in schedule(sizes)]

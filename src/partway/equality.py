@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from partway.assembly import Parts, network_of, optimizer_of, plan_of
 from partway.blueprint import DTYPES
-from partway.config import Job, Policy
+from partway.config import Job, of_any_size
 from partway.data.records import Records, Target, statistics_of
 from partway.errors import UsageError
 from partway.model.segment import initialise
@@ -79,7 +79,7 @@ class _Plain:
         self, job: Job, digest: bytes, secrets: Mapping[str, bytes], records: Mapping[str, Records], server: str
     ) -> None:
         self.job, self.digest, self.secrets, self.records, self.server = job, digest, secrets, records, server
-        allowed = Policy(networks=list(job.builds), most_parameters=2**31 - 1)
+        allowed = of_any_size(job.builds)
         schema = next(iter(records.values())).schema
         self.network: Parts = network_of(job, allowed, schema)
         plan, _ = plan_of(job, server)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from partway.assembly import network_of, schema_of
-from partway.config import Job, Policy
+from partway.config import Job, of_any_size
 from partway.data.predictions import names_of, told_of, written
 from partway.data.schema import columns_of, features_of
 from partway.data.table import Table, unlabelled
@@ -76,7 +76,7 @@ def load(path: Path, allowed: Sequence[str] = ZOO) -> Finished:
     if not job.laned:
         words = "its parties hold columns of the same patients: they predict together, by a job with [predict]"
         raise UsageError(f"{file}: {words}")
-    network = network_of(job, Policy(networks=list(allowed), most_parameters=2**31 - 1), schema_of(job)).whole
+    network = network_of(job, of_any_size(allowed), schema_of(job)).whole
     numeric = [n for n, feature in enumerate(features_of(columns_of(job), job.records.scale)) if feature.by_statistics]
     nothing = torch.empty(0)
     mean, deviation = scaling.get("mean", nothing), scaling.get("deviation", nothing)

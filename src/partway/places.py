@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from partway.blueprint import DTYPES, configured, network_of_terms
-from partway.config import Job, Policy
+from partway.config import Job, of_any_size
 from partway.data.records import Schema
 from partway.errors import UsageError
 from partway.model.cuts import Place, cuts
@@ -96,7 +96,7 @@ def survey(job: Job, schema: Schema) -> Survey:
     if job.network is None:
         raise UsageError(f"{job.job.name}: each segment has a network of its own, and none is cut")
     plan = configured(job)
-    allowed = Policy(networks=list(job.builds), most_parameters=2**31 - 1)
+    allowed = of_any_size(job.builds)
     dtype = DTYPES[job.training.dtype]
     whole = network_of_terms(job.network, allowed).to(dtype)
     example = torch.randn(4, *schema.shape, generator=torch.Generator().manual_seed(0)).to(dtype)

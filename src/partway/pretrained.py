@@ -16,7 +16,7 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from partway.blueprint import built, configured
-from partway.config import Job, Policy
+from partway.config import Job, of_any_size
 from partway.data.records import Schema
 from partway.errors import Refused, UsageError
 from partway.model.segment import Segment
@@ -54,7 +54,7 @@ def split(job: Job, schemas: Mapping[str, Schema], file: Path, folder: Path, wit
         held = {n: t for n, t in load_file(file).items() if not n.startswith(tuple(without))}
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{file} is no safetensors file that can be read: {error}") from None
-    allowed = Policy(networks=list(job.builds), most_parameters=2**31 - 1)
+    allowed = of_any_size(job.builds)
     network = built(job, allowed, configured(job), schemas)
     known = {name: tensor for module in network.modules.values() for name, tensor in module.state_dict().items()}
     for name in [n for n in held if n not in known]:  # beside an adapter, a layer's own weights have another name

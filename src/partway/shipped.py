@@ -7,7 +7,7 @@ from pathlib import Path
 
 from partway import pki
 from partway.blueprint import DTYPES, built, configured, example_of
-from partway.config import Job, Policy
+from partway.config import Job, of_any_size
 from partway.data.records import Schema
 from partway.errors import TrustError, UsageError
 from partway.model import bundle
@@ -31,7 +31,7 @@ def write(job: Job, schemas: Mapping[str, Schema], segment: str, identity: pki.I
     plan = configured(job)
     if segment not in plan.nets:
         raise UsageError(f"{job.job.name} has no segment {segment}; it has {', '.join(plan.nets)}")
-    network = built(job, Policy(networks=list(job.builds), most_parameters=2**31 - 1), plan, schemas)
+    network = built(job, of_any_size(job.builds), plan, schemas)
     module = network.modules[segment]
     example = example_of(plan, schemas, network.outputs, segment, DTYPES[job.training.dtype])
     piece = module if isinstance(module, Piece) else as_piece(module, example)

@@ -41,14 +41,14 @@ def job_sign(
 ) -> None:
     """Check a job and sign it; whoever changes it afterwards breaks the signature."""
     from partway import pki
-    from partway.config import Policy, job_texts, read_job
+    from partway.config import job_texts, of_any_size, read_job
 
     text, schema = job_texts(file)
     parsed = read_job(text, str(file), schema)
     signed = pki.sign_job(pki.Identity.load(identity), text, schema or b"")
     from partway.assembly import network_of, schemas_of
 
-    network_of(parsed, Policy(networks=list(parsed.builds), most_parameters=2**31 - 1), schemas_of(parsed))
+    network_of(parsed, of_any_size(parsed.builds), schemas_of(parsed))
     path = file.with_suffix(".signed")
     path.write_bytes(signed)
     show({"signed": str(path)}, json, f"Signed: {path}")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from partway.assembly import forecast_of, network_of
-from partway.config import Evaluation, Job, Optimizer, Policy, ResultTerms, Training
+from partway.config import Evaluation, Job, Optimizer, ResultTerms, Training, of_any_size
 from partway.cost import Cost
 from partway.data.records import Records, Schema
 from partway.report import Result
@@ -295,7 +295,7 @@ def _as_they_end(futures: Mapping[Future[T], str]) -> Iterator[tuple[str, T]]:
 
 def _task(base: Job, records: Mapping[str, Records], seed: int) -> Task:
     job = job_of(base, "split", 1.0, seed)
-    allowed = Policy(networks=list(job.builds), most_parameters=2**31 - 1)
+    allowed = of_any_size(job.builds)
     schema = next(iter(records.values())).schema
     binary = schema.target().kind == "binary"
 

@@ -50,7 +50,17 @@ from partway.config.job import (
     read_job,
     read_job_file,
 )
-from partway.config.process import Connection, Policy, Server, ServerHeader, Site, SiteHeader, read_server, read_site
+from partway.config.process import (
+    Connection,
+    Policy,
+    Server,
+    ServerHeader,
+    Site,
+    SiteHeader,
+    of_any_size,
+    read_server,
+    read_site,
+)
 from partway.config.schema import (
     SCHEMAS,
     BinaryTarget,
@@ -132,6 +142,7 @@ __all__ = [
     "contents",
     "job_texts",
     "made_of",
+    "of_any_size",
     "read_job",
     "read_job_file",
     "read_schema",

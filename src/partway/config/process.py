@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,6 +53,11 @@ class Policy(Settings, frozen=True, kw_only=True):
     """Records of all sites behind statistics and scores."""
     clear_sums: bool = False
     """Sums may be added in the clear."""
+
+
+def of_any_size(networks: Iterable[str]) -> Policy:
+    """What allows these networks and is asked for nothing else: for who builds them for himself."""
+    return Policy(networks=list(networks), most_parameters=2**31 - 1)
 
 
 class Connection(Settings, frozen=True, kw_only=True):

@@ -2,7 +2,7 @@
 
 The signature is checked before anything is parsed, and everything is checked before anything runs: names, lengths,
 operators letter by letter, arguments against the operator's schema, weights against their digest and shapes. A program
-can still do what its operators do: `describe` says it in plain words, and `partway.model.confined` runs it apart.
+can still do what its operators do: `describe` says it in plain words, and `partway.apart.confined` runs it apart.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from partway.errors import CutError, TrustError
 from partway.model import operators
+from partway.model.partition import facts
 from partway.model.piece import Packed, Piece
 from partway.model.program import DTYPES, FORMATS, LAYOUTS, NUMBERS, Node, Program, Ref, Value, Word, references
 
@@ -398,7 +399,7 @@ def describe(piece: Piece) -> str:
         f"It does {layers or 'no layer'}, and {rest} smaller steps; {trained:,} numbers are trained, {kept:,} fixed."
     )
     lines.append(f"It gives {_told(piece, piece.outputs)}.")
-    weighted = _weighted(piece)
+    weighted = facts(program, {name for name, _ in piece.named_parameters(remove_duplicate=False)}).weighted
     for name in piece.outputs:
         if name not in weighted:
             lines.append(
@@ -417,15 +418,3 @@ def _told(piece: Piece, names: tuple[str, ...]) -> str:
         value = piece.spec(name)
         told.append(f"{name} ({value.dtype}, {' x '.join(str(s) for s in value.shape[1:]) or 'one number'} a record)")
     return " and ".join(told)
-
-
-def _weighted(piece: Piece) -> set[str]:
-    """Values of the program in which a parameter has a part."""
-    parameters = {name for name, _ in piece.named_parameters(remove_duplicate=False)}
-    found: set[str] = set()
-    program = piece.programs[True]
-    found |= {value for value, name in program.state.items() if name in parameters}
-    for node in program.nodes:
-        if found.intersection(references(node)):
-            found.add(node.name)
-    return found

@@ -1,6 +1,6 @@
 """A segment of somebody else's, run by a process of its own that has nothing but what it is given.
 
-The process has no files, no network and no other processes (`partway.model.confine`), and bounded memory; a call that
+The process has no files, no network and no other processes (`partway.apart.limits`), and bounded memory; a call that
 takes too long ends it. Weights stay here: each forward sends them along, each backward brings their gradients back, so
 that to everybody else it is a module like others.
 """
@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from partway.apart.limits import confine
 from partway.errors import CutError, JobFailed
 from partway.model import bundle as bundles
-from partway.model.confine import confine
 from partway.model.piece import Piece
 
 MEMORY = 4 << 30
@@ -61,6 +61,10 @@ class Confined(nn.Module):
         tensors = (*values, *(p for _, p in self.named_parameters()))
         made = _Call.apply(self, len(values), names, *tensors)  # type: ignore[no-untyped-call]
         return made[0] if len(made) == 1 else made
+
+    def close(self) -> None:
+        """Ends the process; the next call starts another."""
+        self._process.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Confined:
         mine = Confined.__new__(Confined)

@@ -1,0 +1,1 @@
+"""A segment of somebody else's, in a process of its own that has nothing but what it is given."""
