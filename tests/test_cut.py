@@ -345,7 +345,7 @@ def test_places_that_are_none() -> None:
     refused("`block` and `norm` are not in the network's order", Residual(), x, ["block", "norm"])
     refused("runs 2 times: say `block#0`, `block#1`", Twice(), example(9, 5, 4), ["block"])
     refused("together names piece 2", Residual(), x, ["norm"], together=[[0, 2]])
-    refused("may_cross names `y`, and the inputs are x", Residual(), x, ["norm"], may_cross=["y"])
+    refused("may_cross names `y`, and the inputs are x$", Residual(), x, ["norm"], may_cross=["y"])
 
 
 def test_a_tensor_that_two_parties_would_train() -> None:

@@ -181,7 +181,10 @@ class Whole:
         Raises:
             CutError: it cannot be cut there.
         """
-        groups = _groups(together, len(after) + 1)
+        groups, inputs = _groups(together, len(after) + 1), self.captured.training.inputs
+        for name in may_cross:
+            if name not in inputs:
+                raise CutError(f"may_cross names `{name}`, and the inputs are {', '.join(inputs)}")
         try:
             divided = {train: self._divided(train, after, groups, may_cross) for train in (True, False)}
             self._refuse_shared([parts for parts, _ in divided.values()], groups)
@@ -191,8 +194,8 @@ class Whole:
         pieces: list[dict[bool, Program]] = []
         for number in range(len(after) + 1):
             both = {train: _renamed(divided[train][0][number], names[train]) for train in (True, False)}
-            inputs = tuple(dict.fromkeys([*both[True].inputs, *both[False].inputs]))
-            both = {train: msgspec.structs.replace(program, inputs=inputs) for train, program in both.items()}
+            taken = tuple(dict.fromkeys([*both[True].inputs, *both[False].inputs]))
+            both = {train: msgspec.structs.replace(program, inputs=taken) for train, program in both.items()}
             pieces.append(both)
         homes = self._unused(pieces)
         return tuple(self._piece(number, both, homes) for number, both in enumerate(pieces))
@@ -377,9 +380,6 @@ def _refuse_raw(
     program: Program, known: Facts, crossings: Sequence[Crossing], groups: Sequence[int], may_cross: Collection[str]
 ) -> None:
     """What no weight has been applied to is the record itself, or as good as that."""
-    for name in may_cross:
-        if name not in program.inputs:
-            raise CutError(f"may_cross names `{name}`, and the inputs are {', '.join(program.inputs)}")
     for crossing in crossings:
         made_of = known.inputs.get(crossing.value, frozenset())
         away = any(groups[target] != groups[0] for target in crossing.targets)
