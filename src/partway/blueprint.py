@@ -144,11 +144,8 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
         shape = schemas[plan.holders[0]].shape
         _takes(whole, torch.zeros(4, *shape, dtype=dtype), f"[network] {terms.build}")
         generator = torch.Generator().manual_seed(0)
-        after = list(terms.cut)
-        if job.embeds:
-            after.insert(1, first_dense(whole, *after))
         example = torch.randn(4, *shape, generator=generator).to(dtype)
-        pieces = cut(whole, example, after, may_cross=terms.may_cross)
+        pieces = cut(whole, example, cuts_of(job, whole), may_cross=terms.may_cross)
         pack(pieces, example, lambda: network_of_terms(terms, policy))
         modules.update(zip(plan.nets, pieces, strict=True))
         for name in terms.frozen:
@@ -176,6 +173,15 @@ def network_of_terms(terms: JobNetwork, policy: Policy) -> nn.Module:
         lora = terms.lora
         whole = with_adapters(whole, lora.modules, lora.rank, lora.alpha, lora.train)
     return whole
+
+
+def cuts_of(job: Job, whole: nn.Module) -> list[str]:
+    """The modules after which a job's network is cut: those that it names, and before each site's own vector."""
+    assert job.network is not None
+    after = list(job.network.cut)
+    if job.embeds:
+        after.insert(1, first_dense(whole, *after))
+    return after
 
 
 class Concatenated(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from partway.blueprint import DTYPES, configured, network_of_terms
+from partway.blueprint import DTYPES, configured, cuts_of, network_of_terms
 from partway.config import Job, of_any_size
 from partway.data.records import Schema
 from partway.errors import UsageError
@@ -102,7 +102,7 @@ def survey(job: Job, schema: Schema) -> Survey:
     example = torch.randn(4, *schema.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     places = cuts(whole, example, may_cross=job.network.may_cross)
     known = {path: number for number, place in enumerate(places) for path in (place.after, *place.others)}
-    marks = [known[path] for path in job.network.cut if path in known]
+    marks = [known[path] for path in cuts_of(job, whole) if path in known]
     return Survey(job, places, [(name, _party(plan, name)) for name in plan.nets], marks, has_batchnorm(whole))
 
 
