@@ -35,7 +35,7 @@ class Room:
 
 CORE = "errors plan config protocol model privacy wire"
 ACCOUNTS = f"{CORE} shapes cost policy ledger egress"
-PROCESS = f"{ACCOUNTS} transport data train party blueprint pretrained assembly outcome pki report"
+PROCESS = f"{ACCOUNTS} transport data train party blueprint pretrained shipped assembly outcome pki report"
 """All that a process at a site or a server is made of."""
 
 HOUSE = {
@@ -61,7 +61,7 @@ HOUSE = {
     "report": Room(rooms=f"{CORE} shapes cost"),
     "blueprint": Room(rooms=f"{CORE} data", never="socket"),
     "pretrained": Room(rooms=f"{CORE} data blueprint", never="socket"),
-    "shipped": Room(rooms=f"{CORE} data blueprint pki", never="socket"),
+    "shipped": Room(rooms=f"{CORE} apart data blueprint pki", never="socket"),
     "places": Room(rooms=f"{CORE} data blueprint", never="socket"),
     "assembly": Room(rooms=f"{ACCOUNTS} data train party blueprint pretrained report", never="socket"),
     "outcome": Room(rooms=f"{ACCOUNTS} data train party assembly report", never="socket"),
@@ -69,7 +69,7 @@ HOUSE = {
     "server": Room(rooms=PROCESS),
     "simulation": Room(rooms="*"),
     "compare": Room(rooms=f"{PROCESS} simulation"),
-    "finished": Room(rooms=f"{CORE} data train assembly report"),
+    "finished": Room(rooms=f"{CORE} data train blueprint assembly report"),
     "equality": Room(rooms="*"),
     "local": Room(rooms="*"),
     "demo": Room(rooms="*"),

@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from partway.apart.confined import Confined
 from partway.errors import CutError, JobFailed, PartwayError
 from partway.model import bundle
 from partway.model.bundle import PROGRAM, SIGNATURE, WEIGHTS
-from partway.model.cut import Piece, cut
+from partway.model.cut import Piece, as_piece, cut
 from partway.model.program import Node, Program, Ref, Value
 from partway.model.segment import Segment, has_batchnorm
 from test_cut import Series, example, pieces_of
@@ -78,6 +79,29 @@ def test_what_is_read_is_what_was_written(name: str, tmp_path: Path) -> None:
                 outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
                 made.append(outputs if isinstance(outputs, list | tuple) else [outputs])
             assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_a_confined_segment_counts_and_is_half_as_the_segment(half: torch.dtype | None) -> None:
+    """What is asked for around a call holds in the other process: autocast, what is trained, FLOPs that are counted."""
+    network = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.LayerNorm(4))
+    alone = as_piece(network, example(1, 2, 6))
+    next(alone.parameters()).requires_grad_(False)
+    confined, given = Confined(copy.deepcopy(alone)), [example(2, 4, 6)]
+    made = []
+    for module, counting in ((alone, FlopCounterMode(display=False)), (confined, confined.counting())):
+        with torch.autocast("cpu", half, enabled=half is not None), counting as counter:
+            outputs = module(*given)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+        made.append((outputs, [p.grad for p in module.parameters()], counter.get_total_flops()))
+    (expected, gradients, flops), (found, others, counted) = made
+    assert flops == counted > 0
+    assert gradients[0] is others[0] is None
+    assert any(t.dtype is half for t in expected) == (half is not None)
+    assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(expected, found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients[1:], others[1:], strict=True))
+    confined.close()
 
 
 def test_a_confined_segment_is_the_segment(folder: Path) -> None:
@@ -216,6 +240,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a module of another kind": (node(modules=["a b"]), "modules of names"),
     "a tensor that it has not": (mode(state={"stem_weight": "elsewhere"}), "which it has not"),
     "the same as none": (state(1, same_as="nothing"), "is said to be"),
+    "another tensor, drawn": (state(1, drawn=True, same_as="stem.weight"), "is said to be drawn"),
     # operators
     "reads a file": (added("aten.from_file.default", "/etc/passwd"), "is not among the operators"),
     "loads": (added("torch.load", "x"), "is not among the operators"),

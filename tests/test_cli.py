@@ -444,10 +444,13 @@ def test_plan_shows_every_place_and_draws_it(type_: Type) -> None:
 
 def test_a_segment_is_written_signed_and_shown(type_: Type, office: str) -> None:
     Path("job.toml").write_text(toml(JOB))
-    code, out, _ = type_("segment write job.toml bottom bottom --identity office")
+    code, out, _ = type_("segment write job.toml bottom --identity office --json")
     assert code == 0
-    assert out.endswith("Written and signed: bottom\n")
+    told = json.loads(out)
+    assert told["folder"] == f"weights/{told['digest']}"
+    Path(told["folder"]).rename("bottom")
     code, out, _ = type_("segment show bottom --identity office")
+    assert told["digest"] in out
     assert (code, out.splitlines()[0]) == (0, "Signed by office, an operator of this federation.")
     assert "It does 2 x dense layer, and 1 smaller steps; 1,224 numbers are trained, 0 fixed." in out
     assert "WARNING" not in out
@@ -455,7 +458,7 @@ def test_a_segment_is_written_signed_and_shown(type_: Type, office: str) -> None
     file.write_bytes(file.read_bytes() + b" ")
     code, _, err = type_("segment show bottom --identity office")
     assert (code, err) == (2, "partway: the segment was altered after office had signed it\n")
-    code, _, err = type_("segment write job.toml head head --identity office")
+    code, _, err = type_("segment write job.toml head --identity office")
     assert (code, err) == (2, "partway: thyroid has no segment head; it has bottom, trunk\n")
     Path("bottom/segment.sig").write_bytes(b"x")
     assert "the segment's signature is none" in type_("segment show bottom --identity office")[2]

@@ -11,7 +11,17 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from partway.blueprint import DTYPES, Network, Schemas, built, concatenated, configured, example_of
+from partway.blueprint import (
+    DTYPES,
+    Network,
+    Schemas,
+    Shipped,
+    built,
+    concatenated,
+    configured,
+    example_of,
+    nowhere,
+)
 from partway.config import Job, Optimizer, Policy, of_any_size
 from partway.cost import Cost, forecast
 from partway.data.records import Records, Schema, Target, statistics_of
@@ -143,20 +153,23 @@ class Parts(Network):
     pieces: dict[str, Piece]
 
 
-def network_of(job: Job, policy: Policy, schema: Schema | Schemas, server: str = "server") -> Parts:
+def network_of(
+    job: Job, policy: Policy, schema: Schema | Schemas, server: str = "server", shipped: Shipped = nowhere
+) -> Parts:
     """Builds the network by name, once the policy has allowed the name, and cuts it, or joins those of all segments.
 
     Args:
         schema: of the records; of each party's, where they differ.
+        shipped: reads segments that come as signed folders.
 
     Raises:
-        Refused: the name is not allowed, or the network is too large.
+        Refused: the name is not allowed, or the network is too large; or a folder is not there, or may not run.
         CutError: it cannot be cut there.
         ConfigError: its arguments are wrong, or it does not fit the records.
     """
     plan = configured(job, server)
     schemas = by_party(plan, schema)
-    network, dtype = built(job, policy, plan, schemas), DTYPES[job.training.dtype]
+    network, dtype = built(job, policy, plan, schemas, shipped), DTYPES[job.training.dtype]
     for loss in plan.losses:
         width, target = tuple(network.outputs[loss].shape[1:]), target_of(plan, schemas, loss)
         what = f"[networks.{loss}]" if network.separate else f"[network] {job.builds[0]}"
@@ -247,7 +260,9 @@ def _labels(plan: Plan, schemas: Schemas, target: Target) -> dict[tuple[str, str
     return found
 
 
-def forecast_of(job: Job, schema: Schema | Schemas, sizes: Sizes, server: str = "server") -> dict[str, Cost]:
+def forecast_of(
+    job: Job, schema: Schema | Schemas, sizes: Sizes, server: str = "server", shipped: Shipped = nowhere
+) -> dict[str, Cost]:
     """What each party of a job will spend, with nothing running.
 
     Args:
@@ -256,7 +271,7 @@ def forecast_of(job: Job, schema: Schema | Schemas, sizes: Sizes, server: str = 
     if job.laned:
         job = msgspec.structs.replace(job, roster=dict.fromkeys(sizes, ""))
         schema = schema if isinstance(schema, Schema) else next(iter(schema.values()))  # of a roster that was not yet
-    network = network_of(job, of_any_size(job.builds), schema, server)
+    network = network_of(job, of_any_size(job.builds), schema, server, shipped)
     plan, schedule = plan_of(job, server)
     shapes = shapes_of(job, plan, network, schema)
     turns = [(turn, compile(plan, turn)) for turn in schedule(sizes)]
@@ -278,6 +293,8 @@ class Place:
     """Where jobs before this one have left their folders."""
     weights: Path | None = None
     """Where files of weights lie that jobs name by digest."""
+    shipped: Shipped = nowhere
+    """Reads segments that jobs name by digest."""
     device: str = "auto"
     tap: Tap | None = None
     released: int = 0
@@ -326,7 +343,7 @@ def assemble(
     refuse(me, judge_job(policy, me, job, operator))
     torch.set_num_threads(job.training.threads)
     plan, schedule = plan_of(job, server)
-    network = network_of(job, policy, schema, server)
+    network = network_of(job, policy, schema, server, place.shipped)
     _refuse_batchnorm(me, job, plan, network)
     shapes, dtype, device = shapes_of(job, plan, network, schema), DTYPES[job.training.dtype], device_of(place.device)
     segments = {}
@@ -335,8 +352,8 @@ def assemble(
         if copy.segment == original(copy.segment):
             initialise(module, first_weights(secret, digest, copy.segment))
         segments[copy] = Segment(module, dtype, device)
-        if job.network is not None and copy.segment in job.network.weights:
-            take(place.weights, segments[copy], copy.segment, job.network.weights[copy.segment])
+        if copy.segment in job.weights:
+            take(place.weights, segments[copy], copy.segment, job.weights[copy.segment])
     left = take_left(place.earlier, job, network, segments) if job.predict and segments else None
     ledger = Ledger(
         place.folder / "ledger.jsonl" if place.folder else None, derived(secret, "ledger"), place.identity.sign

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from partway.config import LANED, Job, JobNetwork, Policy
 from partway.data.records import Schema
-from partway.errors import ConfigError, Refused
+from partway.errors import ConfigError, Refused, UsageError
 from partway.model.adapters import with_adapters
 from partway.model.cut import cut, pack
 from partway.model.norm import with_group_norm
@@ -29,6 +30,13 @@ from partway.plan.private import with_stem
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Schemas = Mapping[str, Schema]
 """Of each party that holds records."""
+Shipped = Callable[[str, int], nn.Module]
+"""(digest, most parameters) -> the segment in a signed folder, as a module."""
+
+
+def nowhere(digest: str, most_parameters: int) -> nn.Module:
+    """Where nobody has said where such folders lie."""
+    raise UsageError(f"segment = `{digest[:12]}...` is a signed folder, and nothing says where such folders lie")
 
 
 def configured(job: Job, server: str = "server") -> Plan:
@@ -39,14 +47,14 @@ def configured(job: Job, server: str = "server") -> Plan:
         ConfigError: the job does not say who holds what.
     """
     plan = _configured(job, server)
-    frozen = job.network.frozen if job.network else []
+    frozen = job.frozen
     for name in frozen:
         if name not in plan.nets:
-            raise ConfigError(f"[network] frozen names {name}; the segments are {', '.join(plan.nets)}")
+            raise ConfigError(f"frozen names {name}; the segments are {', '.join(plan.nets)}")
     if frozen and set(plan.nets) <= set(frozen):
-        raise ConfigError("[network] frozen names every segment, so that nothing is trained")
+        raise ConfigError("every segment is frozen, so that nothing is trained")
     if "trunk" in frozen and job.training.schedule == "half_trained":
-        raise ConfigError("[network] frozen: in half_trained the server trains the trunk, which cannot be frozen")
+        raise ConfigError("frozen: in half_trained the server trains the trunk, which cannot be frozen")
     edges = plan.edges("split")
 
     def idle(name: str) -> bool:
@@ -128,11 +136,14 @@ class Network:
         return f"{segment}." if self.separate else ""
 
 
-def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
+def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas, shipped: Shipped = nowhere) -> Network:
     """The networks of a plan's segments, built by name once the policy has allowed the names.
 
+    Args:
+        shipped: reads those that come as signed folders.
+
     Raises:
-        Refused: a name is not allowed, or a network is too large.
+        Refused: a name is not allowed, or a network is too large; or a folder is not there, or may not run.
         CutError: it cannot be cut there.
         ConfigError: arguments are wrong, or a network does not fit what comes into it.
     """
@@ -148,20 +159,32 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas) -> Network:
         pieces = cut(whole, example, cuts_of(job, whole), may_cross=terms.may_cross)
         pack(pieces, example, lambda: network_of_terms(terms, policy))
         modules.update(zip(plan.nets, pieces, strict=True))
-        for name in terms.frozen:
-            modules[name].requires_grad_(False)
     else:
         _check_names(job, plan)
         for name in plan.nets:
             own = job.networks[name]
-            modules[name] = build(own.build, own.arguments, policy.networks, policy.most_parameters).to(dtype)
-        whole = nn.ModuleDict(modules)
+            if own.segment:
+                modules[name] = _of_type(shipped(own.segment, policy.most_parameters), name, job.training.dtype)
+            else:
+                modules[name] = build(own.build, own.arguments, policy.networks, policy.most_parameters).to(dtype)
+        whole = nn.Sequential(OrderedDict(modules)) if job.configuration in LANED else nn.ModuleDict(modules)
+    for name in job.frozen:
+        modules[name].requires_grad_(False)
     first = next(iter(modules.values()))
     inputs = next((p[0].numel() for p in first.parameters() if p.dim() > 1), 0)
     outputs: dict[str, Tensor] = {}
     for name in plan.nets:
         outputs[name] = _takes(modules[name], example_of(plan, schemas, outputs, name, dtype), f"segment {name}")
     return Network(whole, modules, inputs, outputs, job.network is None)
+
+
+def _of_type(module: nn.Module, name: str, dtype: str) -> nn.Module:
+    """A segment that came as a program, whose types stand in it."""
+    for tensor in module.state_dict().values():
+        if tensor.is_floating_point() and tensor.dtype is not DTYPES[dtype]:
+            own = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(f"the segment of the {name} was written in {own}, and [training] dtype is {dtype}")
+    return module
 
 
 def network_of_terms(terms: JobNetwork, policy: Policy) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from partway.assembly import network_of, schema_of
+from partway.blueprint import Shipped, nowhere
 from partway.config import Job, of_any_size
 from partway.data.predictions import names_of, told_of, written
 from partway.data.schema import columns_of, features_of
@@ -56,11 +57,12 @@ class Finished(nn.Module):
         return told_of(columns_of(self.job), self.target, outputs)
 
 
-def load(path: Path, allowed: Sequence[str] = ZOO) -> Finished:
+def load(path: Path, allowed: Sequence[str] = ZOO, shipped: Shipped = nowhere) -> Finished:
     """The network in `network.safetensors`, or in a folder that has one.
 
     Args:
         allowed: names of networks that may be imported and built.
+        shipped: reads its segments that have come as signed folders.
 
     Raises:
         UsageError: there is no whole network, or it is no file that Partway has written.
@@ -76,7 +78,7 @@ def load(path: Path, allowed: Sequence[str] = ZOO) -> Finished:
     if not job.laned:
         words = "its parties hold columns of the same patients: they predict together, by a job with [predict]"
         raise UsageError(f"{file}: {words}")
-    network = network_of(job, of_any_size(allowed), schema_of(job)).whole
+    network = network_of(job, of_any_size(allowed), schema_of(job), shipped=shipped).whole
     numeric = [n for n, feature in enumerate(features_of(columns_of(job), job.records.scale)) if feature.by_statistics]
     nothing = torch.empty(0)
     mean, deviation = scaling.get("mean", nothing), scaling.get("deviation", nothing)
@@ -115,8 +117,10 @@ def export(finished: Finished, path: Path) -> None:
     The names of features and of what comes out, in order, stand in the model's metadata.
 
     Raises:
-        UsageError: the packages that write ONNX are not installed.
+        UsageError: the packages that write ONNX are not installed, or a segment came without code.
     """
+    if finished.job.shipped:
+        raise UsageError("segments that came without code run in a process of their own, and cannot be written as ONNX")
     if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript")):
         raise UsageError("ONNX needs two more packages: install partway[onnx]")
     columns, scale = columns_of(finished.job), finished.job.records.scale

@@ -50,6 +50,9 @@ def judge_job(policy: Policy, me: str, job: Job, operator: str) -> Iterator[Obje
     for build in job.builds:
         if build not in policy.networks:
             yield Objection(Reason.NETWORK, f"network {build} is not in [policy] networks")
+    for name, digest in job.shipped.items():
+        if digest not in policy.segments:
+            yield Objection(Reason.SEGMENT, f"the {name}, segment {digest}, is not in [policy] segments")
     if (epochs := job.epochs_at_sites) > policy.most_epochs:
         words = f"{epochs} epochs; [policy] most_epochs is {policy.most_epochs}"
         yield Objection(Reason.EPOCHS, words)

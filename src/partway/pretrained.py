@@ -97,7 +97,7 @@ def take(folder: Path | None, segment: Segment, name: str, digest: str) -> None:
     Raises:
         Refused: it is not there, or does not fit. Reason WEIGHTS.
     """
-    words = f"[network.weights] {name} = `{digest[:12]}...`"
+    words = f"the weights of the {name}, `{digest[:12]}...`"
     file = folder / f"{digest}.safetensors" if folder is not None else None
     if file is None or not file.is_file():
         raise Refused(f"{words}: put the file {digest}.safetensors into {folder}", [Reason.WEIGHTS.name])

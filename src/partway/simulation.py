@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from partway.errors import DataError, JobFailed, PartwayError
 from partway.outcome import result_of
 from partway.party import Out
 from partway.report import Result
+from partway.shipped import reader
 from partway.train.draws import derived
 from partway.transport.memory import Wire
 from partway.wire import frames
@@ -28,10 +29,11 @@ from partway.wire import frames
 SERVER = "server"
 
 
-def permissive(*builds: str) -> Policy:
+def permissive(*builds: str, segments: Iterable[str] = ()) -> Policy:
     """What a simulated party allows: everything, for nobody's records leave this process."""
     return Policy(
         networks=list(builds),
+        segments=list(segments),
         operators=["simulate"],
         labels_may_leave=True,
         scores_may_leave=True,
@@ -121,7 +123,7 @@ def federation(
         taps: see every plaintext that leaves a party.
         folder: each party's ledger goes into a folder of its name here.
         earlier: what jobs before this one have left at each party is in a folder of its name here.
-        weights: where all parties' files of weights lie that the job names by digest.
+        weights: where all parties' files of weights and folders of segments lie that the job names by digest.
     """
     steward = pki.Authority.create("simulate")
     names = sorted(records) if job.laned else [p for p in configured(job, SERVER).parties if p != SERVER]
@@ -133,7 +135,7 @@ def federation(
     digest = derived(b"partway/simulate", msgspec.json.encode(unsigned, order="sorted").hex())
     job = msgspec.structs.replace(job, roster={site: everyone[site] for site in names})
     secrets = {name: derived(b"partway/simulate", job.job.seed, name) for name in identities}
-    schemas = _schemas(job, records)
+    schemas, shipped = _schemas(job, records), reader(weights, None)
     parties = {}
     for name, identity in identities.items():
         home = folder / name if folder else None
@@ -141,12 +143,13 @@ def federation(
             home.mkdir(parents=True, exist_ok=True)
         place = Place(
             identity=identity,
-            policy=(policies or {}).get(name) or permissive(*job.builds),
+            policy=(policies or {}).get(name) or permissive(*job.builds, segments=job.shipped.values()),
             secret=secrets[name],
             records=records.get(name),
             folder=home,
             earlier=earlier / name if earlier else None,
             weights=weights,
+            shipped=shipped,
             device=device,
             tap=(taps or {}).get(name),
         )
@@ -186,7 +189,7 @@ def simulate(
         classes: how many there are, where `data` holds datasets.
         target: in place of `classes`, what their labels are.
         folder: where ledgers, result and network are written; nothing is written without it.
-        weights: where the files lie that `[network.weights]` names by digest.
+        weights: where files of weights and folders of segments lie that the job names by digest.
         watch: called with each party that has taken a message, for progress.
 
     Raises:

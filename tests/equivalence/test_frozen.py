@@ -58,7 +58,7 @@ def test_no_gradient_is_sent_to_a_frozen_bottom() -> None:
 
 def test_what_cannot_be_frozen() -> None:
     for frozen, words, more in (
-        (["bottom", "trunk"], "names every segment", {}),
+        (["bottom", "trunk"], "every segment is frozen", {}),
         (["middle"], "frozen names middle; the segments are bottom, trunk", {}),
         (["trunk"], "the server trains the trunk", {"schedule": "half_trained"}),
     ):
@@ -119,7 +119,7 @@ def test_weights_that_are_not_there_or_do_not_fit(tmp_path: Path) -> None:
     digests = parts(tmp_path, trained(), plain)
     terms = job({"weights": digests})
     with pytest.raises(
-        Refused, match=r"\[network.weights\] bottom = .* put the file [0-9a-f]{64}.safetensors into"
+        Refused, match=r"the weights of the bottom, .* put the file [0-9a-f]{64}.safetensors into"
     ) as none:
         small(terms)
     assert none.value.reasons == ("WEIGHTS",)

@@ -15,7 +15,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -23,11 +24,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from partway.apart.limits import confine
 from partway.errors import CutError, JobFailed
 from partway.model import bundle as bundles
 from partway.model.piece import Piece
+from partway.model.program import DTYPES
 
 MEMORY = 4 << 30
 """Bytes that the process may take for what it computes."""
@@ -35,10 +38,14 @@ SECONDS = 60.0
 """For one call."""
 MOST_BYTES = 1 << 31
 """Of one message."""
+MOST_KEPT = 1024
+"""Forwards that wait for their backward."""
 
 
 class Confined(nn.Module):
     """A piece that another process runs, with its parameters and buffers here, under their own names.
+
+    One output comes back as a tensor, several as a tuple, those of a dictionary too.
 
     Args:
         piece: as `partway.model.bundle.read` gave it.
@@ -51,7 +58,7 @@ class Confined(nn.Module):
 
     def __init__(self, piece: Piece, memory: int = MEMORY, seconds: float = SECONDS) -> None:
         super().__init__()
-        self.draws, self.mixes, self.packed = piece.draws, piece.mixes, piece.packed
+        self.draws, self.mixes, self.packed, self.drawn = piece.draws, piece.mixes, piece.packed, piece.drawn
         self._parameters, self._buffers, self._modules = piece._parameters, piece._buffers, piece._modules
         self._non_persistent_buffers_set = piece._non_persistent_buffers_set
         self._process = _Process(bundles.packed(piece), memory, seconds)
@@ -59,8 +66,12 @@ class Confined(nn.Module):
     def forward(self, *values: Tensor) -> Any:
         names = [name for name, _ in self.named_parameters()]
         tensors = (*values, *(p for _, p in self.named_parameters()))
-        made = _Call.apply(self, len(values), names, *tensors)  # type: ignore[no-untyped-call]
+        made = _Call.apply(self, len(values), names, torch.is_grad_enabled(), *tensors)  # type: ignore[no-untyped-call]
         return made[0] if len(made) == 1 else made
+
+    def counting(self) -> contextlib.AbstractContextManager[_Counter]:
+        """Counts the FLOPs of what the other process does meanwhile."""
+        return self._process.counting()
 
     def close(self) -> None:
         """Ends the process; the next call starts another."""
@@ -79,20 +90,24 @@ class _Call(torch.autograd.Function):
     """One forward there, and its backward."""
 
     @staticmethod
-    def forward(ctx: Any, module: Confined, inputs: int, names: list[str], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, module: Confined, inputs: int, names: list[str], graph: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         asked = {f"x{n}": t for n, t in enumerate(tensors[:inputs])}
         asked |= {f"p.{name}": t for name, t in zip(names, tensors[inputs:], strict=True)}
         asked |= {f"b.{name}": t for name, t in module.named_buffers()}
         asked["random"] = torch.get_rng_state()
         wanted = [n for n, t in enumerate(tensors[:inputs]) if t.requires_grad]
-        number, made = module._process.forward(asked, module.training, wanted)
+        trained = [n for n, t in enumerate(tensors[inputs:]) if t.requires_grad]
+        number, made = module._process.forward(asked, module.training, graph, wanted, trained)
         torch.set_rng_state(made.pop("random"))
         for name, buffer in module.named_buffers():
             buffer.copy_(made.pop(f"b.{name}"))
         ctx.process, ctx.number, ctx.names, ctx.wanted, ctx.inputs = module._process, number, names, wanted, inputs
         ctx.trained = [t.requires_grad for t in tensors[inputs:]]
         ctx.shapes = [(t.shape, t.dtype) for t in tensors]
-        outputs = tuple(made[f"y{n}"] for n in range(len(made)))
+        device = tensors[0].device
+        outputs = tuple(made[f"y{n}"].to(device) for n in range(len(made)))
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         return outputs
 
@@ -100,12 +115,38 @@ class _Call(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         given = {f"g{n}": g for n, g in enumerate(gradients) if g is not None and g.is_floating_point()}
         made = ctx.process.backward(ctx.number, given)
+        made = {name: tensor.to(gradients[0].device) for name, tensor in made.items()}
         found: list[Tensor | None] = [made.get(f"x{n}") if n in ctx.wanted else None for n in range(ctx.inputs)]
         found += [made.get(f"p.{name}") if t else None for name, t in zip(ctx.names, ctx.trained, strict=True)]
         for gradient, (shape, dtype) in zip(found, ctx.shapes, strict=True):
             if gradient is not None and (gradient.shape != shape or gradient.dtype != dtype):
                 raise JobFailed("the confined segment gave a gradient of another shape than what it is of")
-        return (None, None, None, *found)
+        return (None, None, None, None, *found)
+
+
+@dataclass
+class _Counter:
+    """FLOPs, in the words of `torch.utils.flop_counter`."""
+
+    flops: int = 0
+
+    def get_total_flops(self) -> int:
+        return self.flops
+
+
+class _Asked(msgspec.Struct):
+    """What the other process is asked to do with the tensors that come along."""
+
+    do: str
+    number: int
+    train: bool = False
+    graph: bool = False
+    wanted: list[int] = []
+    trained: list[int] = []
+    half: str = ""
+    """The type to which `torch.autocast` is set, if a forward runs under it."""
+    counted: bool = False
+    """Whether FLOPs are."""
 
 
 class _Process:
@@ -115,22 +156,32 @@ class _Process:
         self._packed, self._memory, self._seconds = packed, memory, seconds
         self._child: subprocess.Popen[bytes] | None = None
         self._number = 0
+        self._counter: _Counter | None = None
 
-    def forward(self, tensors: Mapping[str, Tensor], train: bool, wanted: list[int]) -> tuple[int, dict[str, Tensor]]:
+    def forward(
+        self, tensors: Mapping[str, Tensor], train: bool, graph: bool, wanted: list[int], trained: list[int]
+    ) -> tuple[int, dict[str, Tensor]]:
+        """Args: `graph` is kept for a backward; `wanted` and `trained` are the inputs and parameters that it is for."""
         self._number += 1
-        words = {
-            "do": "forward",
-            "number": str(self._number),
-            "train": str(train),
-            "wanted": ",".join(map(str, wanted)),
-        }
-        return self._number, self._ask(tensors, words)
+        half = str(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else ""
+        asked = _Asked("forward", self._number, train, graph, wanted, trained, half.removeprefix("torch."))
+        return self._number, self._ask(tensors, asked)
 
     def backward(self, number: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._ask(tensors, {"do": "backward", "number": str(number)})
+        return self._ask(tensors, _Asked("backward", number))
 
-    def _ask(self, tensors: Mapping[str, Tensor], words: dict[str, str]) -> dict[str, Tensor]:
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[_Counter]:
+        self._counter = counter = _Counter()
+        try:
+            yield counter
+        finally:
+            self._counter = None
+
+    def _ask(self, tensors: Mapping[str, Tensor], asked: _Asked) -> dict[str, Tensor]:
         child = self._started()
+        asked.counted = self._counter is not None
+        words = {"asked": msgspec.json.encode(asked).decode()}
         until = time.monotonic() + self._seconds
         try:
             _send(child.stdin, save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, words))
@@ -147,6 +198,8 @@ class _Process:
         if "error" in made:
             told = bytes(made["error"].numpy()[:500]).decode("utf-8", "replace")
             raise CutError("the segment fails: " + "".join(c if c.isprintable() else " " for c in told))
+        if self._counter is not None:
+            self._counter.flops += int(made.pop("flops"))
         return made
 
     def _started(self) -> subprocess.Popen[bytes]:
@@ -237,7 +290,7 @@ def main() -> None:
         _send(sink, str(error).encode())
         return
     _send(sink, b"ready")
-    kept: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    kept: _Kept = {}
     while True:
         try:
             asked = _heard(source)
@@ -259,43 +312,66 @@ def _warm_up() -> None:
     )
     series, _ = nn.LSTM(4, 4, batch_first=True)(torch.randn(2, 3, 4))
     made = [layers(x), nn.functional.scaled_dot_product_attention(series, series, series)]
-    torch.autograd.backward(made, [torch.ones_like(t) for t in made])
+    with FlopCounterMode(display=False):
+        torch.autograd.backward(made, [torch.ones_like(t) for t in made])
     load(save({"x": torch.zeros(1)}))
 
 
-def _answer(piece: Piece, asked: bytes, kept: dict[str, tuple[list[Tensor], list[Tensor]]]) -> bytes:
+_Kept = dict[int, tuple[list[Tensor], list[Tensor], dict[str, nn.Parameter]]]
+"""Inputs, outputs and parameters of forwards by number, for their backward."""
+
+
+def _answer(piece: Piece, asked: bytes, kept: _Kept) -> bytes:
     tensors = _unpacked(asked)
     length = int.from_bytes(asked[:8], "little")
-    words: dict[str, str] = msgspec.json.decode(asked[8 : 8 + length])["__metadata__"]
-    if words["do"] == "backward":
-        inputs, outputs = kept.pop(words["number"])
+    words = msgspec.json.decode(asked[8 : 8 + length])["__metadata__"]
+    task = msgspec.json.decode(words["asked"], type=_Asked)
+    if not task.counted:
+        return save(_done(piece, task, tensors, kept))
+    with FlopCounterMode(display=False) as counter:
+        made = _done(piece, task, tensors, kept)
+    return save(made | {"flops": torch.tensor(int(counter.get_total_flops()))})
+
+
+def _done(piece: Piece, task: _Asked, tensors: dict[str, Tensor], kept: _Kept) -> dict[str, Tensor]:
+    """One forward or backward."""
+    if task.do == "backward":
+        inputs, outputs, parameters = kept.pop(task.number)
         pairs = [(y, tensors[f"g{n}"]) for n, y in enumerate(outputs) if f"g{n}" in tensors and y.requires_grad]
         torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
         made = {f"x{n}": x.grad for n, x in enumerate(inputs) if x.grad is not None}
-        made |= {f"p.{name}": p.grad for name, p in piece.named_parameters() if p.grad is not None}
-        piece.zero_grad()
-        return save({name: t.contiguous() for name, t in made.items()})
-    train = words["train"] == "True"
-    piece.train(train)
-    with torch.no_grad():
-        for name, p in piece.named_parameters():
-            p.copy_(tensors[f"p.{name}"])
-        for name, buffer in piece.named_buffers():
-            buffer.copy_(tensors[f"b.{name}"])
-    wanted = {int(n) for n in words["wanted"].split(",") if n}
+        made |= {f"p.{name}": p.grad for name, p in parameters.items() if p.grad is not None}
+        return {name: t.contiguous() for name, t in made.items()}
+    piece.train(task.train)
+    parameters = _put(piece, tensors, task.trained)
     count = sum(name[0] == "x" and name[1:].isdecimal() for name in tensors)
-    inputs = [tensors[f"x{n}"].requires_grad_(n in wanted) for n in range(count)]
+    inputs = [tensors[f"x{n}"].requires_grad_(n in task.wanted) for n in range(count)]
     torch.set_rng_state(tensors["random"])
-    with torch.set_grad_enabled(train):
-        made_there = piece(*inputs)
-    outputs = list(made_there) if isinstance(made_there, tuple) else [made_there]
-    if train:
-        kept[words["number"]] = inputs, outputs
-        while len(kept) > 64:  # forwards that were never followed by a backward
+    half = DTYPES[task.half] if task.half else None
+    with torch.set_grad_enabled(task.graph), torch.autocast("cpu", half, enabled=half is not None):
+        found = piece(*inputs)
+    if isinstance(found, dict):
+        found = tuple(found.values())
+    outputs = list(found) if isinstance(found, tuple) else [found]
+    if task.graph:
+        kept[task.number] = inputs, outputs, parameters
+        while len(kept) > MOST_KEPT:  # forwards that were never followed by a backward
             kept.pop(next(iter(kept)))
     answer = {f"y{n}": y.detach().contiguous().clone() for n, y in enumerate(outputs)}
     answer |= {f"b.{name}": b.clone() for name, b in piece.named_buffers()} | {"random": torch.get_rng_state()}
-    return save(answer)
+    return answer
+
+
+def _put(piece: Piece, tensors: Mapping[str, Tensor], trained: list[int]) -> dict[str, nn.Parameter]:
+    """Gives a piece other parameters and buffers; those that it has may be needed for a backward, and stay."""
+    parameters = dict(piece.named_parameters())
+    buffers: dict[int, Tensor] = {id(b): tensors[f"b.{name}"] for name, b in piece.named_buffers()}
+    made = {name: nn.Parameter(tensors[f"p.{name}"], n in trained) for n, name in enumerate(parameters)}
+    new = {id(p): made[name] for name, p in parameters.items()}
+    for module in piece.modules():
+        module._parameters = {name: p if p is None else new[id(p)] for name, p in module._parameters.items()}
+        module._buffers = {name: b if b is None else buffers[id(b)] for name, b in module._buffers.items()}
+    return made
 
 
 if __name__ == "__main__":

@@ -54,17 +54,21 @@ Data = Annotated[
     Path | None, typer.Option("--data", help="A CSV or Parquet file in place of the bundled records: all sites'.")
 ]
 
+Weights = Annotated[Path, typer.Option(help="Where files of weights and folders of segments lie that the job names.")]
 
-def cost(job_file: JobFile, data: Data = None, json: Json = False) -> None:
+
+def cost(job_file: JobFile, data: Data = None, weights: Weights = Path("weights"), json: Json = False) -> None:
     """Tell what a job will cost each party, running nothing: computation, bytes and exchanges."""
     from partway.config import read_job_file
 
     parsed = read_job_file(job_file)
     from partway.assembly import forecast_of, schemas_of
     from partway.data.sets import records_for
+    from partway.shipped import reader
 
     records = records_for(parsed, data)(parsed.job.seed)
-    costs = forecast_of(parsed, schemas_of(parsed), {site: records[site].sizes for site in sorted(records)})
+    sizes = {site: records[site].sizes for site in sorted(records)}
+    costs = forecast_of(parsed, schemas_of(parsed), sizes, shipped=reader(weights, None))
     text = [f"{'party':<16}{'MFLOP':>12}{'MB up':>10}{'MB down':>10}{'exchanges':>11}"]
     for party, spent in costs.items():
         moved = "".join(f"{nbytes / 1e6:>10.2f}" for nbytes in (spent.bytes_up, spent.bytes_down))
@@ -116,7 +120,7 @@ def simulate(
     job_file: JobFile,
     data: Data = None,
     folder: Annotated[Path | None, typer.Option(help="Where result, weights and ledgers go.")] = None,
-    weights: Annotated[Path, typer.Option(help="Where files of weights lie that the job names.")] = Path("weights"),
+    weights: Weights = Path("weights"),
     json: Json = False,
 ) -> None:
     """Run a job in one process: the same parties, door and frames as the real thing."""
@@ -174,12 +178,15 @@ Allowed = Annotated[
     list[str] | None, typer.Option("--network", help="A network besides Partway's own that may be built: module:name.")
 ]
 
+Segments = Annotated[Path, typer.Option(help="Where folders of segments lie, for a network that came without code.")]
+
 
 def predict(
     run: Run,
     file: Annotated[Path, typer.Argument(help="site.toml, or a CSV or Parquet file of records.")],
     to: Annotated[Path | None, typer.Option(help="A CSV file; else it is printed.")] = None,
     network: Allowed = None,
+    weights: Segments = Path("weights"),
     json: Json = False,
 ) -> None:
     """A probability of each class for records, by a network of which this party holds the whole. Nothing is sent."""
@@ -189,8 +196,9 @@ def predict(
     from partway.data.table import load as load_table
     from partway.finished import ZOO, load
     from partway.finished import predict as predicted
+    from partway.shipped import reader
 
-    finished = load(run, (*ZOO, *(site.policy.networks if site else ()), *(network or ())))
+    finished = load(run, (*ZOO, *(site.policy.networks if site else ()), *(network or ())), reader(weights, None))
     where = site.data if site else None
     if where is None:
         where = Connection(path=str(file), connector="parquet" if file.suffix == ".parquet" else "csv")
@@ -207,6 +215,7 @@ def export(
     run: Run,
     to: Annotated[Path, typer.Option(help="A file that ends in .onnx or .safetensors.")] = Path("network.onnx"),
     network: Allowed = None,
+    weights: Segments = Path("weights"),
     json: Json = False,
 ) -> None:
     """Write a network of which this party holds the whole for others: ONNX, or safetensors with its recipe."""
@@ -215,8 +224,9 @@ def export(
     from partway.finished import ZOO, load
     from partway.finished import export as exported
     from partway.report import write_whole
+    from partway.shipped import reader
 
-    finished = load(run, (*ZOO, *(network or ())))
+    finished = load(run, (*ZOO, *(network or ())), reader(weights, None))
     if to.suffix == ".onnx":
         exported(finished, to)
     else:  # weights, with the job and the scaling in its metadata: what `predict` reads

@@ -37,7 +37,10 @@ def job_request(name: Name, identity: Into = Path("identity"), json: Json = Fals
 
 @verbs.command("sign")
 def job_sign(
-    file: Annotated[Path, typer.Argument(help="job.toml")], identity: Identity = Path("identity"), json: Json = False
+    file: Annotated[Path, typer.Argument(help="job.toml")],
+    identity: Identity = Path("identity"),
+    weights: Annotated[Path, typer.Option(help="Where folders of segments lie that it names.")] = Path("weights"),
+    json: Json = False,
 ) -> None:
     """Check a job and sign it; whoever changes it afterwards breaks the signature."""
     from partway import pki
@@ -45,10 +48,13 @@ def job_sign(
 
     text, schema = job_texts(file)
     parsed = read_job(text, str(file), schema)
-    signed = pki.sign_job(pki.Identity.load(identity), text, schema or b"")
+    own = pki.Identity.load(identity)
+    signed = pki.sign_job(own, text, schema or b"")
     from partway.assembly import network_of, schemas_of
+    from partway.shipped import reader
 
-    network_of(parsed, of_any_size(parsed.builds), schemas_of(parsed))
+    shipped = reader(weights, own.authority_pem)
+    network_of(parsed, of_any_size(parsed.builds), schemas_of(parsed), shipped=shipped)
     path = file.with_suffix(".signed")
     path.write_bytes(signed)
     show({"signed": str(path)}, json, f"Signed: {path}")

@@ -18,7 +18,7 @@ Identity = Annotated[Path, typer.Option(help="The folder of your key, certificat
 def segment_write(
     job_file: Annotated[Path, typer.Argument(metavar="JOB", help="job.toml.")],
     segment: Annotated[str, typer.Argument(help="bottom, trunk, head, or as the job's plan calls it.")],
-    to: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
+    to: Annotated[Path, typer.Option(help="Where a folder for it is made.")] = Path("weights"),
     identity: Identity = Path("identity"),
     json: Json = False,
 ) -> None:
@@ -31,8 +31,10 @@ def segment_write(
     from partway.model.bundle import describe
     from partway.shipped import write
 
-    told = describe(write(parsed, schemas_of(parsed), segment, own, to))
-    show({"folder": str(to), "told": told.splitlines()}, json, f"{told}\nWritten and signed: {to}")
+    made = write(parsed, schemas_of(parsed), segment, own, to)
+    told = describe(made.piece)
+    text = f'{told}\nWritten and signed: {made.folder}\n\nIn the job:\n[networks.{segment}]\nsegment = "{made.digest}"'
+    show({"folder": str(made.folder), "digest": made.digest, "told": told.splitlines()}, json, text)
 
 
 @verbs.command("show")
@@ -48,7 +50,9 @@ def segment_show(
     from partway.model.bundle import describe
     from partway.shipped import read
 
-    piece, signer = read(folder, own)
-    told = describe(piece)
-    text = f"Signed by {signer.name}, {signer.role} of this federation.\n{told}"
-    show({"signed_by": signer.name, "told": told.splitlines()}, json, text)
+    found = read(folder, own.authority_pem)
+    assert found.signer is not None
+    told = describe(found.piece)
+    text = f"Signed by {found.signer.name}, {found.signer.role} of this federation.\n{told}\n\nTo let it run here: "
+    text += f'the folder is called by its digest, in `weights`, and [policy] segments names\n"{found.digest}"'
+    show({"signed_by": found.signer.name, "digest": found.digest, "told": told.splitlines()}, json, text)

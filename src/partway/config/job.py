@@ -60,10 +60,18 @@ class JobNetwork(Settings, frozen=True, kw_only=True):
 
 
 class SegmentNetwork(Settings, frozen=True, kw_only=True):
-    """`[networks.SEGMENT]`: installed code by name, where each segment of the plan is a network of its own."""
+    """`[networks.SEGMENT]`: where each segment of the plan is a network of its own."""
 
-    build: Annotated[str, Meta(max_length=200)]
+    build: Annotated[str, Meta(max_length=200)] = ""
+    """Installed code by name, as in `[network]`."""
     arguments: dict[str, Any] = {}
+    """Of what `build` names."""
+    segment: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?$")] = ""
+    """Or a signed folder, for who has not the code: its digest, as `partway segment write` tells it."""
+    weights: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?$")] = ""
+    """Where it was trained elsewhere: the digest of the file with its weights. Who runs it has the file."""
+    frozen: bool = False
+    """It is not trained."""
 
 
 class Held(Settings, frozen=True, kw_only=True):
@@ -341,7 +349,8 @@ class Job(Settings, frozen=True, kw_only=True):
     @property
     def configuration(self) -> Configuration:
         """As it was said, or by the number of cuts."""
-        return self.training.configuration or ("u_shaped" if len(self.cuts) > 1 else "vanilla")
+        both = len(self.cuts) > 1 or "head" in self.networks
+        return self.training.configuration or ("u_shaped" if both else "vanilla")
 
     @property
     def laned(self) -> bool:
@@ -379,7 +388,26 @@ class Job(Settings, frozen=True, kw_only=True):
     def builds(self) -> tuple[str, ...]:
         """The names of all networks."""
         own = [self.network.build] if self.network is not None else []
-        return tuple(dict.fromkeys([*own, *(n.build for n in self.networks.values())]))
+        return tuple(dict.fromkeys([*own, *(n.build for n in self.networks.values() if n.build)]))
+
+    @property
+    def shipped(self) -> dict[str, str]:
+        """Of segments that come as signed folders: the digest."""
+        return {name: own.segment for name, own in self.networks.items() if own.segment}
+
+    @property
+    def frozen(self) -> list[str]:
+        """Segments that are not trained."""
+        if self.network is not None:
+            return self.network.frozen
+        return [name for name, own in self.networks.items() if own.frozen]
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Of segments that were trained elsewhere: the digest of the file with their weights."""
+        if self.network is not None:
+            return self.network.weights
+        return {name: own.weights for name, own in self.networks.items() if own.weights}
 
     @property
     def epochs_at_sites(self) -> int:
@@ -451,11 +479,19 @@ def _check_parts(job: Job, where: str, scheduled: bool) -> None:
     """What a configuration needs of the job is there, and nothing else."""
     name, training = job.configuration, job.training
     cuts = {"vanilla": 1, "u_shaped": 2, "multi_hop": len(training.hops)}.get(name, 0)
-    if len(job.cuts) != cuts:
+    if job.network is not None and cuts and len(job.cuts) != cuts:
         raise ConfigError(f"{where}: {name} needs {cuts} cut(s), [network] cut names {len(job.cuts)}")
-    if bool(cuts) == bool(job.networks):
-        needs = "one [network] that is cut" if cuts else "a network for each segment, [networks.SEGMENT]"
-        raise ConfigError(f"{where}: {name} needs {needs}, and no other")
+    if (job.network is None) != bool(job.networks) or (job.network is not None and not cuts):
+        one = "one [network] that is cut, or " if cuts else ""
+        raise ConfigError(f"{where}: {name} needs {one}a network for each segment, [networks.SEGMENT]")
+    for segment, own in job.networks.items():
+        if bool(own.build) == bool(own.segment) or (own.arguments and not own.build):
+            raise ConfigError(
+                f"{where}: [networks.{segment}] needs installed code, `build` with its arguments, or a signed folder, "
+                "`segment`; and not both"
+            )
+    if job.networks and job.embeds:
+        raise ConfigError(f"{where}: a vector of each site's own, personal = `embedding`, needs one [network]")
     if (name == "plan") != (job.plan is not None):
         raise ConfigError(f"{where}: [plan] belongs to configuration = `plan`, and it to that")
     if job.laned:

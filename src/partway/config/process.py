@@ -17,6 +17,8 @@ class Policy(Settings, frozen=True, kw_only=True):
 
     networks: list[str] = []
     """Networks that may be built, as exact strings `module:name`."""
+    segments: list[Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]] = []
+    """Signed segments that may run here, by digest: `partway segment show` says what one does."""
     operators: list[str] = []
     """People whose jobs this party takes part in, by certificate name."""
     sites: dict[Name, Fingerprint] = {}
@@ -87,7 +89,7 @@ class SiteHeader(Settings, frozen=True, kw_only=True):
     folder: str = "runs"
     """Where jobs leave their files, relative to the site file."""
     weights: str = "weights"
-    """Where files of weights lie that jobs name by digest, relative to the site file."""
+    """Where files of weights and folders of segments lie that jobs name by digest, relative to the site file."""
     silence: Annotated[float, Meta(ge=1, le=3600)] = 30.0
     """Seconds without a sign of life after which a link is given up."""
     device: Annotated[str, Meta(max_length=32)] = "auto"
@@ -117,7 +119,7 @@ class ServerHeader(Settings, frozen=True, kw_only=True):
     folder: str = "runs"
     """Where jobs leave their files, relative to the server file."""
     weights: str = "weights"
-    """Where files of weights lie that jobs name by digest, relative to the server file."""
+    """Where files of weights and folders of segments lie that jobs name by digest, relative to the server file."""
     silence: Annotated[float, Meta(ge=1, le=3600)] = 30.0
     """Seconds without a sign of life after which a link is given up."""
     device: Annotated[str, Meta(max_length=32)] = "auto"

@@ -39,8 +39,8 @@ MOST_SIZE = 2**31
 TORCH = 2
 """Leading parts of PyTorch's version that must be the same."""
 
-_VALUE = re.compile(r"[A-Za-z][A-Za-z0-9_.:#]{0,249}")
-_TENSOR = re.compile(r"(?!.*__)[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+){0,30}")
+_VALUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:#]{0,249}")
+_TENSOR = re.compile(r"(?!.*__)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){0,30}")
 _TEXT = re.compile(r"[A-Za-z0-9_ ,.>-]{0,64}")
 _SYMBOL = re.compile(r"[A-Za-z0-9_ +*/()-]{1,100}")
 _NUMBERS = ("int", "float", "bool", "tuple")
@@ -56,6 +56,8 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trained: bool
     saved: bool
     """Whether it is part of the network's state; what is not is a constant, or made anew."""
+    drawn: bool = False
+    """Whether the network's own code draws it at random."""
     same_as: str = ""
     """An earlier one that is the same tensor under another name."""
 
@@ -85,12 +87,13 @@ def write(piece: Piece, folder: Path, sign: Callable[[bytes], bytes]) -> None:
 
     Raises:
         OSError: the folder cannot be written.
-        CutError: the folder is not empty.
+        CutError: the folder is not empty, or the piece is more than a folder can hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise CutError(f"{folder} is not empty; name a new folder")
     program, weights = packed(piece)
+    parsed(program, MOST_SIZE)  # what could not be read is not written
     (folder / WEIGHTS).write_bytes(weights)
     (folder / PROGRAM).write_bytes(program)
     (folder / SIGNATURE).write_bytes(sign(program))
@@ -107,7 +110,8 @@ def packed(piece: Piece) -> tuple[bytes, bytes]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         parameter = isinstance(tensor, nn.Parameter)
         alias = "" if same == name else same
-        specs.append(Spec(name, dtype, tuple(tensor.shape), parameter, tensor.requires_grad, name in saved, alias))
+        drawn, trained = name in piece.drawn and not alias, tensor.requires_grad
+        specs.append(Spec(name, dtype, tuple(tensor.shape), parameter, trained, name in saved, drawn, alias))
         if not alias:
             tensors[name] = tensor.detach().cpu().contiguous().clone()
     weights = save(tensors)
@@ -210,6 +214,7 @@ def assembled(bundle: Bundle, tensors: Mapping[str, Tensor]) -> Piece:
                 tensor = nn.Parameter(tensor, spec.trained)
         (named if spec.saved or spec.parameter else passing)[spec.name] = tensor
     piece = Piece(bundle.training, bundle.evaluation, named, passing)
+    piece.drawn = frozenset(s.name for s in bundle.state if s.drawn)
     if bundle.takes or bundle.gives:
         piece.packed = Packed(bundle.takes, bundle.gives)
     return piece
@@ -232,6 +237,8 @@ def _examine(bundle: Bundle, most_parameters: int) -> None:
         _shape(spec.name, spec.dtype, spec.shape)
         if (spec.parameter and not DTYPES[spec.dtype].is_floating_point) or (spec.trained and not spec.parameter):
             raise CutError(f"`{spec.name}` is {spec.dtype} and no parameter that can be trained")
+        if spec.drawn and (spec.same_as or not spec.saved):
+            raise CutError(f"`{spec.name}` is said to be drawn, and is another tensor or none that is kept")
         same = known.get(spec.same_as) if spec.same_as else spec
         if same is None or same.same_as or (same.shape, same.dtype) != (spec.shape, spec.dtype):
             raise CutError(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -190,7 +190,8 @@ def initialise(module: nn.Module, secret: bytes) -> None:
     """Draws all weights of `module` anew, in place, from `secret` alone; the global generator is left as it was.
 
     `torch.manual_seed` keeps 32 bits on a CPU, few enough to try them all. So all 624 words of the Mersenne Twister's
-    state come from SHAKE-256 over the secret, and every module's own `reset_parameters` draws from it.
+    state come from SHAKE-256 over the secret, and every module's own `reset_parameters` draws from it; a segment
+    that came without its code has its numbers shuffled by it.
 
     Args:
         module: on the CPU.
@@ -202,8 +203,11 @@ def initialise(module: nn.Module, secret: bytes) -> None:
     """
     if len(secret) != 32:
         raise UsageError(f"first weights are drawn from a secret of 32 bytes, not {len(secret)}")
-    if isinstance(module, Piece):
-        _redraw(module, secret)
+    if isinstance(module, Piece) and module.fresh is not None:
+        _redraw(module, module.fresh, secret)
+        return
+    if (drawn := getattr(module, "drawn", None)) is not None:
+        _shuffle(module, drawn, secret)
         return
     for name, part in module.named_modules():
         own = list(part.parameters(recurse=False))
@@ -225,15 +229,29 @@ def initialise(module: nn.Module, secret: bytes) -> None:
                     reset(adapter, True)
 
 
-def _redraw(piece: Piece, secret: bytes) -> None:
+def _redraw(piece: Piece, fresh: Callable[[], nn.Module], secret: bytes) -> None:
     """A captured piece has no modules that could draw: the whole network's own code does, and gives it its part."""
-    if piece.fresh is None:
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(_generator_state(secret))
+        drawn = fresh().state_dict()
+    for name, tensor in piece.state_dict().items():
+        tensor.copy_(drawn[name])
+
+
+def _shuffle(module: nn.Module, drawn: Collection[str], secret: bytes) -> None:
+    """Without the code that draws: a tensor's numbers in an order that nobody else knows, as likely a draw as theirs.
+
+    So it is where a tensor's numbers are drawn independently of each other and alike, as most initialisations do; an
+    orthogonal matrix comes out as one that is not.
+    """
+    if not drawn and any(True for _ in module.parameters()):
         raise CutError("a captured piece has no first weights of its own; build its network by name")
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(_generator_state(secret))
-        drawn = piece.fresh().state_dict()
-    for name, tensor in piece.state_dict().items():
-        tensor.copy_(drawn[name])
+        for name, tensor in module.state_dict().items():
+            if name in drawn:
+                flat = tensor.reshape(-1)
+                tensor.copy_(flat[torch.randperm(len(flat))].view(tensor.shape))
 
 
 def has_batchnorm(module: nn.Module) -> str | None:

@@ -71,6 +71,8 @@ class Reason(IntEnum):
     """What the job's [predict] names is not here: no such job has run, or it has left another network, or nothing."""
     WEIGHTS = 28
     """A file of weights that the job names by digest is not here, or does not fit."""
+    SEGMENT = 29
+    """A signed segment that the job names by digest is not on this party's list, not here, or may not run."""
 
 
 class Wrong(IntEnum):

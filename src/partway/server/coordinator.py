@@ -30,6 +30,7 @@ from partway.party import Out, given_up, reason_for
 from partway.protocol.messages import Bye, Fail, Greet, Head, Offer, Reason
 from partway.report import write_whole
 from partway.server.status import Status
+from partway.shipped import reader
 from partway.train.draws import derived
 from partway.transport.grpc import Call, Credentials, Listener, ServerLink
 from partway.wire import frames
@@ -224,6 +225,7 @@ class Coordinator:
                 words = f"{site} is connected with another key than the job's roster says"
                 raise Refused(words, [Reason.ROSTER.name])
         data = self._predict if job.predict else self._data
+        weights = self._home / self.settings.weights
         place = Place(
             identity=identity,
             policy=self._policy,
@@ -231,7 +233,8 @@ class Coordinator:
             records=matched.read(data, self._home, job, identity.name) if not job.laned else None,
             folder=submitted.folder,
             earlier=self.folder,
-            weights=self._home / self.settings.weights,
+            weights=weights,
+            shipped=reader(weights, identity.authority_pem),
             device=self.settings.device,
         )
         roster = {**job.roster, identity.name: identity.fingerprint}

@@ -32,6 +32,7 @@ from partway.protocol.messages import (
     Reason,
     Wrong,
 )
+from partway.shipped import reader
 from partway.site.releases import Releases
 from partway.transport.grpc import ClientLink, Credentials
 from partway.wire import frames
@@ -190,6 +191,7 @@ class Agent:
                 raise Refused(words, [Reason.REPEATED.name])
             folder.mkdir(parents=True)
             data = self._predict if job.predict else self._data
+            weights = self._home / self.settings.weights
             place = Place(
                 identity=self.identity,
                 policy=self._policy,
@@ -197,7 +199,8 @@ class Agent:
                 records=matched.read(data, self._home, job, self.identity.name),
                 folder=folder,
                 earlier=folder.parent,
-                weights=self._home / self.settings.weights,
+                weights=weights,
+                shipped=reader(weights, self.identity.authority_pem),
                 device=self.settings.device,
                 tap=self._tap,
                 released=self._releases.count,
