@@ -478,6 +478,7 @@ def test_a_piece_says_what_it_takes() -> None:
 def test_every_place_and_its_cost() -> None:
     places = {place.after: place for place in cuts(UNet(), example(2, 5, 1, 8, 8))}
     assert list(places) == ["first", "down", "drop", "middle", "up"]
+    assert [p.used_by for p in places.values()] == [(1,), (2, 5), (3,), (4,), (5,)]  # relu stands before the next place
     down = places["down"]
     assert [(c.name, c.shape, c.gradient) for c in down.crosses] == [
         ("network", (4, 8, 8), True),

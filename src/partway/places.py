@@ -45,6 +45,7 @@ class Survey:
                     {"name": c.name, "dtype": c.dtype, "shape": list(c.shape), "gradient": c.gradient}
                     for c in place.crosses
                 ],
+                "used_by": list(place.used_by),
                 "bytes_up": place.bytes_up,
                 "bytes_down": place.bytes_down,
                 "ratio": round(place.ratio, 4),
@@ -112,14 +113,59 @@ def _party(plan: Plan, name: str) -> str:
 
 
 def draw(found: Survey, path: Path) -> None:
-    """The network from left to right: bytes that a cut would send, in the colour of who runs what stands there."""
+    """The network from left to right, in the colours of who runs what: what uses what, and what a cut would send."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     places = found.places
-    figure, axes = pyplot.subplots(figsize=(max(8.0, 0.16 * len(places) + 4), 5.2), layout="constrained")
+    figure, (graph, bars) = pyplot.subplots(
+        2,
+        figsize=(min(max(8.0, 0.16 * len(places) + 4), 24.0), 7.2),
+        height_ratios=(2, 3),
+        sharex=True,
+        layout="constrained",
+    )
+    _draw_graph(found, graph)
+    _draw_bars(found, bars)
+    figure.suptitle(f"{found.job.job.name}: who runs what, and what each cut would send")
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _draw_graph(found: Survey, axes: Any) -> None:
+    """A dot for what stands before each place, and an arc to all that uses what it makes; dark where it is cut."""
+    from matplotlib.patches import Arc
+
+    places, highest = found.places, 1
+    for number, place in enumerate(places):
+        for user in place.used_by:
+            cut = any(number <= mark < user for mark in found.marks)
+            style: dict[str, Any] = {
+                "color": "#222222" if cut else "#9a9a9a",
+                "lw": 1.8 if cut else 0.8,
+                "zorder": 2 if cut else 1,
+            }
+            if user == number + 1:
+                axes.plot([number, user], [0, 0], **style)
+            else:
+                wide = user - number
+                axes.add_patch(Arc(((number + user) / 2, 0), wide, wide, theta1=0, theta2=180, **style))
+                highest = max(highest, wide)
+    owner = [sum(n > mark for mark in found.marks) for n in range(len(places) + 1)]
+    size = max(12, min(90, 3000 / len(owner)))
+    axes.scatter(range(len(owner)), [0] * len(owner), s=size, c=[COLOURS[o % len(COLOURS)] for o in owner], zorder=3)
+    for mark in found.marks:
+        axes.axvline(mark + 0.5, color="#222222", lw=1.2)
+    axes.set_ylim(-0.06 * highest, 0.53 * highest)
+    axes.set_axis_off()
+
+
+def _draw_bars(found: Survey, axes: Any) -> None:
+    """Bytes that a cut at each place would send."""
+    places = found.places
     owner = [sum(n > mark for mark in found.marks) for n in range(len(places))]
     heights = [max(place.bytes_up / 1024, 1e-3) for place in places]
     for number, (name, party) in enumerate(found.segments):
@@ -151,11 +197,7 @@ def draw(found: Survey, path: Path) -> None:
         axes.set_yscale("log")
     axes.set_ylabel("KiB that would cross for a record")
     step = max(1, len(places) // 40)
-    axes.set_xticks(
-        range(0, len(places), step), [places[n].after for n in range(0, len(places), step)], rotation=90, fontsize=7
-    )
-    axes.set_xlim(-0.6, len(places) - 0.4)
-    axes.set_title(f"{found.job.job.name}: what each cut would send, and who runs what")
-    axes.legend(loc="best", fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    shown = range(0, len(places), step)
+    names = [*(places[n].after for n in shown), "the end"]
+    axes.set_xticks([*shown, len(places)], names, rotation=90, fontsize=7)
+    axes.set_xlim(-0.6, len(places) + 0.6)

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,9 @@ class Place:
     others: tuple[str, ...]
     """Modules that end at the same place."""
     crosses: tuple[Crosses, ...]
+    used_by: tuple[int, ...]
+    """Numbers of the places before which something uses what is made between the last place and this one; the network's
+    end has one more."""
     before: Side
     behind: Side
     input_bytes: int
@@ -108,7 +112,8 @@ def cuts(
     for path in whole.paths:
         ends.setdefault(whole.mark(program, path), []).append(path)
     places = []
-    for mark, paths in sorted(ends.items()):
+    users = _users(program, sorted(ends))
+    for number, (mark, paths) in enumerate(sorted(ends.items())):
         after, *others = sorted(paths, key=lambda path: (path.count("."), path))
         found, why_not = whole.look(after, may_cross)
         crosses = tuple(
@@ -126,6 +131,7 @@ def cuts(
                 after=after,
                 others=tuple(others),
                 crosses=crosses,
+                used_by=tuple(sorted(users[number])),
                 before=_side(network, program, costs, call.rows, program.nodes[:mark]),
                 behind=_side(network, program, costs, call.rows, program.nodes[mark:]),
                 input_bytes=sum(t.nbytes for t in call.tensors) // call.rows,
@@ -133,6 +139,17 @@ def cuts(
             )
         )
     return places
+
+
+def _users(program: Program, marks: Sequence[int]) -> list[set[int]]:
+    """For each part of a program between two marks: the later parts that use what it makes."""
+    part_of = {node.name: bisect.bisect_right(marks, place) for place, node in enumerate(program.nodes)}
+    users: list[set[int]] = [set() for _ in range(len(marks) + 1)]
+    for node in program.nodes:
+        for name in references(node):
+            if name in part_of and program.values[name].tensor and part_of[name] < part_of[node.name]:
+                users[part_of[name]].add(part_of[node.name])
+    return users
 
 
 @dataclass(frozen=True)
