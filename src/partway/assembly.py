@@ -188,7 +188,7 @@ def network_of(
     pieces: dict[str, Piece] = {}
     half = HALF[job.training.precision]
     for name, module in network.modules.items():
-        example = example_of(plan, schemas, network.outputs, name, dtype)
+        example = example_of(plan, schemas, network.modules, network.outputs, name, dtype)
         if job.concatenates and name == "trunk":
             example = torch.cat([example] * len(plan.sites), 1)
         onto_data = all(plan[e.source].kind == "records" for e in plan.edges("split") if e.target == name)

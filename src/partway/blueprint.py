@@ -23,8 +23,8 @@ from partway.model.cut import cut, pack
 from partway.model.norm import with_group_norm
 from partway.model.recipe import build
 from partway.model.sequence import first_dense
-from partway.plan.configurations import extended_vanilla, multi_hop, multi_task, u_shaped, vanilla, vertical
-from partway.plan.plan import EACH, ONE, Edge, Plan, Segment
+from partway.plan.configurations import extended_vanilla, multi_hop, multi_task, u_shaped, vanilla, vertical, with_skips
+from partway.plan.plan import ALL, EACH, ONE, Edge, Plan, Segment
 from partway.plan.private import with_stem
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -47,6 +47,8 @@ def configured(job: Job, server: str = "server") -> Plan:
         ConfigError: the job does not say who holds what.
     """
     plan = _configured(job, server)
+    if job.skips:
+        plan = with_skips(plan, job.skips)
     frozen = job.frozen
     for name in frozen:
         if name not in plan.nets:
@@ -157,7 +159,7 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas, shipped: Shipp
         generator = torch.Generator().manual_seed(0)
         example = torch.randn(4, *shape, generator=generator).to(dtype)
         pieces = cut(whole, example, cuts_of(job, whole), may_cross=terms.may_cross)
-        pack(pieces, example, lambda: network_of_terms(terms, policy))
+        pack(pieces, example, lambda: network_of_terms(terms, policy), plan.nets, job.skips)
         modules.update(zip(plan.nets, pieces, strict=True))
     else:
         _check_names(job, plan)
@@ -174,7 +176,9 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas, shipped: Shipp
     inputs = next((p[0].numel() for p in first.parameters() if p.dim() > 1), 0)
     outputs: dict[str, Tensor] = {}
     for name in plan.nets:
-        outputs[name] = _takes(modules[name], example_of(plan, schemas, outputs, name, dtype), f"segment {name}")
+        outputs[name] = _takes(
+            modules[name], example_of(plan, schemas, modules, outputs, name, dtype), f"segment {name}"
+        )
     return Network(whole, modules, inputs, outputs, job.network is None)
 
 
@@ -260,7 +264,14 @@ def widened(trunk: nn.Module, times: int) -> nn.Module:
     )
 
 
-def example_of(plan: Plan, schemas: Schemas, outputs: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+def example_of(
+    plan: Plan,
+    schemas: Schemas,
+    modules: Mapping[str, nn.Module],
+    outputs: Mapping[str, Tensor],
+    name: str,
+    dtype: torch.dtype,
+) -> Tensor:
     """What comes into a segment for one record, from what the segments before it put out."""
     parts = []
     for edge in plan.edges("split"):
@@ -270,13 +281,23 @@ def example_of(plan: Plan, schemas: Schemas, outputs: Mapping[str, Tensor], name
                 at = plan.place(plan.copies(source.name)[0])
                 parts.append(torch.zeros(1, *schemas[at].shape, dtype=dtype))
             else:
-                parts.append(outputs[edge.source].detach())
+                parts.append(_portion(edge, modules[edge.source], outputs[edge.source].detach()))
     shapes = {tuple(part.shape) for part in parts}
     if len(parts) > 1 and plan[name].join == "sum" and len(shapes) > 1:
         raise ConfigError(f"segment {name} adds what comes in, and the shapes differ: {sorted(shapes)}")
     if len(parts) > 1 and len({shape[2:] for shape in shapes}) > 1:
         raise ConfigError(f"segment {name} puts side by side what comes in, and the shapes differ: {sorted(shapes)}")
     return torch.stack(parts).sum(0) if plan[name].join == "sum" else torch.cat(parts, 1)
+
+
+def _portion(edge: Edge, module: nn.Module, output: Tensor) -> Tensor:
+    """What of a segment's output goes along an edge."""
+    if edge.portion == ALL:
+        return output
+    packed = getattr(module, "packed", None)
+    if packed is None or edge.portion >= len(packed.widths):
+        raise ConfigError(f"skip: the {edge.source} does not put out something else for each segment that it leads to")
+    return torch.split(output, packed.widths, 1)[edge.portion]
 
 
 def _check_names(job: Job, plan: Plan) -> None:

@@ -6,6 +6,7 @@ turn that follows from it and from the sites' sizes.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -174,7 +175,7 @@ def _judge_width(policy: Policy, me: str, shapes: Shapes, edges: Sequence[Edge])
         elif held[edge.target] and edge.gradient:
             widths.setdefault((edge.source, False), []).append(edge)
     for together in widths.values():
-        if (width := sum(shapes.pieces[edge.source].width for edge in together)) > policy.widest_cut:
+        if (width := sum(math.prod(shapes.record(edge.source, edge.target)) for edge in together)) > policy.widest_cut:
             told = ", ".join(map(str, together))
             words = f"{width} numbers a record would leave ({told}); [policy] widest_cut is {policy.widest_cut}"
             yield Objection(Reason.WIDTH, words)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from partway.plan.plan import Plan, Turn
+from partway.plan.plan import ALL, Plan, Turn
 from partway.privacy.seal import SEAL_BYTES
 from partway.protocol.messages import LetterKind, Post
 from partway.wire.tensors import NAMES, Spec, payload_size, spec_of
@@ -34,6 +35,9 @@ class Piece:
     """The same where nothing before it wants a gradient."""
     dtype: torch.dtype
     """Of the output, and of the gradient that comes back for it."""
+
+    portions: tuple[int, ...] = ()
+    """Numbers of a record that go to each of several segments, one portion after the other; else all go to one."""
 
     @property
     def width(self) -> int:
@@ -66,6 +70,7 @@ def measure(module: nn.Module, example: Tensor, first: bool, half: torch.dtype |
         backward=backward,
         backward_alone=alone,
         dtype=output.dtype,
+        portions=packed.widths if (packed := getattr(module, "packed", None)) is not None else (),
     )
     return piece, output.detach()
 
@@ -121,6 +126,25 @@ class Shapes:
     _backwards: dict[tuple[str, str], int] = field(default_factory=dict, repr=False)
     _known: dict[tuple[LetterKind, str, str, int, bool, bool], Carried] = field(default_factory=dict, repr=False)
 
+    @cached_property
+    def _portions(self) -> dict[tuple[str, str], int]:
+        """Of edges that carry not all that their source puts out: which portion."""
+        edges = [edge for flow, _ in self.plan.flows for edge in self.plan.edges(flow)]
+        return {(edge.source, edge.target): edge.portion for edge in edges if edge.portion != ALL}
+
+    def columns(self, source: str, target: str) -> slice | None:
+        """Which numbers of what a segment puts out go to another; None for all of it, in its own shape."""
+        portion = self._portions.get((source, target))
+        if portion is None:
+            return None
+        widths = self.pieces[source].portions
+        return slice(sum(widths[:portion]), sum(widths[: portion + 1]))
+
+    def record(self, source: str, target: str) -> tuple[int, ...]:
+        """The shape of what crosses from a segment to another for one record."""
+        columns = self.columns(source, target)
+        return self.pieces[source].output if columns is None else (columns.stop - columns.start,)
+
     def of(self, turn: Turn, post: Post, sender: str, receiver: str) -> Carried:
         """What a letter carries in a turn from one party to another."""
         rows = 0
@@ -155,12 +179,12 @@ class Shapes:
     def _carried(self, kind: LetterKind, source: str, target: str, rows: int, sealed: bool, state: bool) -> Carried:
         plain: tuple[Spec, ...] = ()
         if kind is LetterKind.ACTIVATIONS:
-            plain = (Spec("x", NAMES[self.pieces[source].dtype], (rows, *self.pieces[source].output)),)
+            plain = (Spec("x", NAMES[self.pieces[source].dtype], (rows, *self.record(source, target))),)
             if self.plan[target].kind == "store":
                 plain += (Spec("made_by", "uint8", (32,)),)
             plain += self._proof
         elif kind is LetterKind.GRADIENT:
-            plain = (Spec("x", NAMES[self.pieces[target].dtype], (rows, *self.pieces[target].output)),)
+            plain = (Spec("x", NAMES[self.pieces[target].dtype], (rows, *self.record(target, source))),)
         elif kind is LetterKind.LABELS:
             dtype, shape = self.labels.get((source, target), ("int64", ()))
             plain = (Spec("x", dtype, (rows, *shape)), *self._proof)

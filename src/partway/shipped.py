@@ -54,7 +54,7 @@ def write(job: Job, schemas: Mapping[str, Schema], segment: str, identity: pki.I
         raise UsageError(f"{job.job.name} has no segment {segment}; it has {', '.join(plan.nets)}")
     network = built(job, of_any_size(job.builds), plan, schemas)
     module = network.modules[segment]
-    example = example_of(plan, schemas, network.outputs, segment, DTYPES[job.training.dtype])
+    example = example_of(plan, schemas, network.modules, network.outputs, segment, DTYPES[job.training.dtype])
     piece = module if isinstance(module, Piece) else as_piece(module, example)
     piece.drawn = _drawn(module)
     digest = hashlib.sha256(bundle.packed(piece)[0]).hexdigest()

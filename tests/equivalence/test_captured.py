@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
 
-from federations import difference, job_of, pooled, small
-from partway.errors import CutError, Refused
+from federations import SIZES, difference, job_of, pooled, records_of, small
+from partway.assembly import forecast_of
+from partway.config import Policy
+from partway.errors import CutError, PlanError, Refused
 from partway.model.segment import initialise
+from partway.outcome import result_of
+from partway.simulation import permissive
 
 ADAM = {"name": "adam", "lr": 0.02}
 
@@ -20,6 +25,19 @@ def job(cut: list[str], more: dict[str, Any] | None = None, **training: Any) -> 
     return job_of({"network": network}, optimizer=ADAM, **training)
 
 
+def skipping(skips: list[str], **training: Any) -> Any:
+    """A network of which the head uses something of the bottom."""
+    network = {"build": "skipping_network:skipping", "arguments": {}, "cut": ["aside", "third"]}
+    terms = {"configuration": "u_shaped", "optimizer": ADAM, "skips": skips, **training}
+    return job_of({"network": network}, **terms)
+
+
+def allowed(width: int) -> Policy:
+    return msgspec.structs.replace(permissive("skipping_network:skipping"), widest_cut=width)
+
+
+SCHEMA = records_of("a", 5).schema
+SIZES_IN_PARTS = {site: records_of(site, count).sizes for site, count in SIZES.items()}
 CUTS = {"vanilla": ["gate"], "u_shaped": ["first", "middle"]}
 
 
@@ -36,9 +54,37 @@ def test_equals_one_loop(configuration: str) -> None:
     )
 
 
-def test_what_would_pass_by_a_party_is_refused() -> None:
+@pytest.mark.parametrize("training", [{}, {"precision": "bfloat16", "dtype": "float32"}, {"micro_batch": 5}])
+def test_values_pass_by_a_party(training: dict[str, Any]) -> None:
+    """What the head uses of the bottom stays at the site; the server gets and sends what it is for."""
+    whole = small(skipping(["bottom -> head"], **training), policies={"b": allowed(9)})
+    whole.run()
+    if not training:
+        assert difference(whole, pooled(whole)[0]) < 1e-10
+        assert difference(whole, pooled(whole, other_order=True)[0]) > 1e-4
+    shapes = whole.parties["server"].party.worker.shapes
+    crossing = [("bottom", "trunk"), ("bottom", "head"), ("trunk", "head")]
+    assert [shapes.record(*pair) for pair in crossing] == [(8,), (2,), (4 + 5,)]
+    cost, told = result_of(whole.parties["a"], 0.0).cost["a"], forecast_of(whole.job, SCHEMA, SIZES_IN_PARTS)
+    assert (cost.bytes_up, cost.bytes_down) == (told["a"].bytes_up, told["a"].bytes_down)
+
+
+def test_what_would_pass_by_a_party_is_refused_or_let_pass() -> None:
     with pytest.raises(CutError, match="`drop:0` would pass by a party"):
         small(job(["gate", "middle"], configuration="u_shaped"))
+    with pytest.raises(CutError, match=r"`aside:0` would .* or let .*: \[training\] skips = \['bottom -> head'\]"):
+        small(skipping([]))
+    with pytest.raises(Refused, match=r"8 numbers a record would leave \(bottom -> trunk\)"):
+        small(skipping(["bottom -> head"]), policies={"b": allowed(7)}).run()
+    for skips, words in (
+        (["bottom -> trunk"], "skip bottom -> trunk: it leads from one of bottom, trunk, head to one after the next"),
+        (["head -> bottom"], "skip head -> bottom: it leads"),
+        (["bottom -> head", "bottom -> head"], "skip bottom -> head drawn twice"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            small(skipping(skips))
+    with pytest.raises(CutError, match="the head uses nothing that the bottom makes; leave the skip out"):
+        small(job(CUTS["u_shaped"], configuration="u_shaped", skips=["bottom -> head"]))
 
 
 def test_first_weights_come_from_the_secret_and_the_network_s_own_code() -> None:

@@ -20,7 +20,7 @@ N, TRAIN = 90, 60
 COLUMNS = {"a": 3, "b": 2, "c": 4}
 
 
-def net(inputs: int, classes: int, hidden: int = 5) -> dict[str, Any]:
+def net(inputs: int, classes: int, hidden: int = 9) -> dict[str, Any]:
     return {"build": "partway.model.zoo:mlp", "arguments": {"inputs": inputs, "hidden": [hidden], "classes": classes}}
 
 
@@ -114,6 +114,11 @@ def hop_loss(nets, x, y):
     return cross_entropy(nets["trunk"](nets["hop_2"](nets["hop_1"](x["a"]))), y)
 
 
+def skip_loss(nets, x, y):
+    on, aside = torch.split(nets["hop_1"](x["a"]), [8, 2], 1)
+    return cross_entropy(nets["trunk"](torch.cat([nets["hop_2"](on), aside], 1)), y)
+
+
 def vertical(labels: str = "c", **training: Any) -> Job:
     sections = {**holds(labels), **bottoms(), "networks.trunk": net(12, 3)}
     return job_of(sections, configuration="vertical", **training)
@@ -163,7 +168,7 @@ CASES: dict[str, tuple[Callable[..., Federation], Callable[..., Tensor]]] = {
                     **holds("d", only="a"),
                     "network": {
                         "build": "partway.model.zoo:mlp",
-                        "arguments": {"inputs": 3, "hidden": [6, 5, 4], "classes": 3},
+                        "arguments": {"inputs": 3, "hidden": [16, 12, 12], "classes": 3},
                         "cut": ["hidden.1", "hidden.3"],
                     },
                 },
@@ -175,6 +180,27 @@ CASES: dict[str, tuple[Callable[..., Federation], Callable[..., Tensor]]] = {
             "d",
         ),
         hop_loss,
+    ),
+    "multi_hop, something passes by": (
+        lambda **t: built(
+            job_of(
+                {
+                    **holds("d", only="a"),
+                    "network": {
+                        "build": "skipping_network:skipping",
+                        "arguments": {"inputs": 3},
+                        "cut": ["aside", "third"],
+                    },
+                },
+                configuration="multi_hop",
+                hops=["a", "b"],
+                skips=["hop_1 -> trunk"],
+                **t,
+            ),
+            "a",
+            "d",
+        ),
+        skip_loss,
     ),
 }
 cases = pytest.mark.parametrize("case", CASES)

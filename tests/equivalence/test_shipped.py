@@ -30,6 +30,7 @@ from partway.simulation import permissive
 STEWARD = pki.Authority.create("consortium")
 OPERATOR = STEWARD.admit("office", pki.Role.OPERATOR)
 RESIDUAL = {"build": "residual_network:residual", "arguments": {}, "cut": ["gate"]}
+SKIPPING = {"build": "skipping_network:skipping", "arguments": {}, "cut": ["aside", "third"]}
 SCHEMA = records_of("a", 5).schema
 
 
@@ -51,7 +52,11 @@ def shipped(code: Job, folder: Path, **more: Any) -> Job:
 
 @pytest.mark.parametrize(
     ("network", "training"),
-    [(None, {"configuration": "u_shaped"}), (RESIDUAL, {}), (None, {"schedule": "half_trained"})],
+    [
+        (SKIPPING, {"configuration": "u_shaped", "skips": ["bottom -> head"]}),
+        (RESIDUAL, {}),
+        (None, {"schedule": "half_trained"}),
+    ],
 )
 def test_segments_without_code_train_as_the_code_does(
     network: dict[str, Any] | None, training: dict[str, Any], tmp_path: Path

@@ -219,6 +219,7 @@ class Averaged(Settings, frozen=True, kw_only=True):
     """Steps between two averages in an epoch, at the end of which there is one in any case; 0 for that one alone."""
 
 
+_SKIP = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63} -> [A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 ScheduleName = Literal[
     "synchronous", "half_trained", "relay", "averaged", "private", "splitfed_v1", "splitfed_v2", "splitfed_v3"
 ]
@@ -236,6 +237,8 @@ class Training(Settings, frozen=True, kw_only=True):
     """Of `extended_vanilla`: the site at which they meet."""
     hops: tuple[Name, ...] = ()
     """Of `multi_hop`: the parties before the server, in order; the first holds the features."""
+    skips: Annotated[tuple[Annotated[str, Meta(pattern=_SKIP)], ...], Meta(max_length=64)] = ()
+    """Of a network that is cut: `bottom -> head` lets values of the bottom that the head uses pass by all between."""
     schedule: ScheduleName = "synchronous"
     """In which order the parties train; see `docs/schedules.md`."""
     epochs: Positive = 20
@@ -385,6 +388,11 @@ class Job(Settings, frozen=True, kw_only=True):
         return self.network.cut if self.network is not None else []
 
     @property
+    def skips(self) -> list[tuple[str, str]]:
+        """From which segment to which values pass by those between."""
+        return [(source, target) for source, _, target in (skip.partition(" -> ") for skip in self.training.skips)]
+
+    @property
     def builds(self) -> tuple[str, ...]:
         """The names of all networks."""
         own = [self.network.build] if self.network is not None else []
@@ -490,6 +498,10 @@ def _check_parts(job: Job, where: str, scheduled: bool) -> None:
                 f"{where}: [networks.{segment}] needs installed code, `build` with its arguments, or a signed folder, "
                 "`segment`; and not both"
             )
+    if training.skips and not cuts:
+        raise ConfigError(f"{where}: in {name} there is no chain of segments that [training] skips could pass by")
+    if training.skips and job.embeds:
+        raise ConfigError(f"{where}: [training] skips and personal = `embedding` do not go together")
     if job.networks and job.embeds:
         raise ConfigError(f"{where}: a vector of each site's own, personal = `embedding`, needs one [network]")
     if (name == "plan") != (job.plan is not None):

@@ -76,6 +76,10 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     takes: tuple[Value, ...] = ()
     """Where it is run by parties: each value that comes in, for a record; they stand side by side in one tensor."""
     gives: tuple[Value, ...] = ()
+    portions: tuple[tuple[int, ...], ...] = ()
+    """Which of these go together to which of several segments, by number; else all go to one."""
+    flat: bool = False
+    """Whether one alone is laid out flat."""
 
 
 def write(piece: Piece, folder: Path, sign: Callable[[bytes], bytes]) -> None:
@@ -124,6 +128,8 @@ def packed(piece: Piece) -> tuple[bytes, bytes]:
         state=tuple(specs),
         takes=piece.packed.inputs if piece.packed else (),
         gives=piece.packed.outputs if piece.packed else (),
+        portions=piece.packed.portions if piece.packed else (),
+        flat=piece.packed is not None and piece.packed.flat,
     )
     return msgspec.json.encode(bundle), weights
 
@@ -216,7 +222,7 @@ def assembled(bundle: Bundle, tensors: Mapping[str, Tensor]) -> Piece:
     piece = Piece(bundle.training, bundle.evaluation, named, passing)
     piece.drawn = frozenset(s.name for s in bundle.state if s.drawn)
     if bundle.takes or bundle.gives:
-        piece.packed = Packed(bundle.takes, bundle.gives)
+        piece.packed = Packed(bundle.takes, bundle.gives, bundle.portions, bundle.flat)
     return piece
 
 
@@ -263,6 +269,10 @@ def _examine(bundle: Bundle, most_parameters: int) -> None:
     for given, named in ((bundle.takes, bundle.training.inputs), (bundle.gives, bundle.training.outputs)):
         if given and len(given) != len(named):
             raise CutError("it does not say of all values what parties send")
+    if len(bundle.portions) > 64 or any(
+        len(portion) > 64 or not all(0 <= n < len(bundle.gives) for n in portion) for portion in bundle.portions
+    ):
+        raise CutError("it sends on values that it does not give")
 
 
 def _shape(name: str, dtype: str, shape: tuple[int, ...]) -> None:

@@ -132,38 +132,67 @@ def as_piece(module: nn.Module, example: Tensor) -> Piece:
     return pieces[0]
 
 
-def pack(pieces: Sequence[Piece | Slice], example: Tensor, fresh: Callable[[], nn.Module]) -> None:
-    """Makes captured pieces what parties run: one tensor comes in, and one goes out.
+def pack(
+    pieces: Sequence[Piece | Slice],
+    example: Tensor,
+    fresh: Callable[[], nn.Module],
+    names: Sequence[str] = (),
+    skips: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Makes captured pieces what parties run: one tensor comes from each other, and one goes out.
 
     Args:
         example: as in `cut`, shape (records, ...); sizes of what crosses are those that it leads to.
         fresh: builds the whole network anew.
+        names: of the pieces.
+        skips: from which piece to which, beside the next, values go.
 
     Raises:
-        CutError: a piece uses what another than the one before it has made, or what cannot stand in one tensor.
+        CutError: a piece uses what it does not get, or what cannot stand in one tensor.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    before: tuple[str, ...] = ()
-    for number, piece in enumerate(pieces):
-        if not isinstance(piece, Piece):
-            continue
-        if number and piece.inputs != before:
-            far = sorted(set(piece.inputs) ^ set(before))
-            raise CutError(
-                f"{', '.join(f'`{name}`' for name in far)} would pass by a party; cut where a piece uses all that the "
-                "one before it makes, and nothing else"
-            )
+    own = [piece for piece in pieces if isinstance(piece, Piece)]
+    maker = {name: number for number, piece in enumerate(own) for name in piece.outputs}
+    given = [(names.index(source), names.index(target)) for source, target in skips]
+    ways = [*itertools.pairwise(range(len(own))), *given]
+    for number, piece in enumerate(own[1:], 1):
+        sources = [source for source, target in ways if target == number]
+        _refuse_unreached(own, number, maker, sources, names)
+        piece.takes([name for source in sources for name in own[source].outputs if name in piece.inputs])
+    used = {(s, t): [n for n, name in enumerate(own[s].outputs) if name in own[t].inputs] for s, t in ways if own}
+    for (source, target), (one, other) in zip(skips, given, strict=True):
+        if not used.get((one, other)):
+            raise CutError(f"the {target} uses nothing that the {source} makes; leave the skip out")
+    for number, piece in enumerate(own):
         kinds = [DTYPES[piece.spec(name).dtype] for name in piece.inputs]
-        given = [
+        taken = [
             torch.zeros(2, *shapes[name], dtype=kind) if number else example[:2]
             for name, kind in zip(piece.inputs, kinds, strict=True)
         ]
         with torch.no_grad():
-            made = tensors_of(copied(piece).eval()(*given))
+            made = tensors_of(copied(piece).eval()(*taken))
         shapes |= {name: tuple(tensor.shape[1:]) for name, tensor in zip(piece.outputs, made, strict=True)}
-        record = [Value(piece.spec(n).dtype, tuple(g.shape[1:])) for n, g in zip(piece.inputs, given, strict=True)]
-        piece.packed = Packed(record, [Value(piece.spec(n).dtype, shapes[n]) for n in piece.outputs])
-        piece.fresh, before = fresh, piece.outputs
+        record = [Value(piece.spec(n).dtype, tuple(g.shape[1:])) for n, g in zip(piece.inputs, taken, strict=True)]
+        portions = [used[number, target] for source, target in ways if source == number]
+        flat = any(sum(t == target for _, t in ways) > 1 for source, target in ways if source == number)
+        made_here = [Value(piece.spec(n).dtype, shapes[n]) for n in piece.outputs]
+        piece.packed = Packed(record, made_here, portions if len(portions) > 1 else (), flat)
+        piece.fresh = fresh
+
+
+def _refuse_unreached(
+    pieces: Sequence[Piece], number: int, maker: Mapping[str, int], sources: Sequence[int], names: Sequence[str]
+) -> None:
+    """A piece uses nothing but what comes from these."""
+    far = {name: maker.get(name) for name in pieces[number].inputs if maker.get(name) not in sources}
+    if not far:
+        return
+    skips = [f"'{names[s]} -> {names[number]}'" for s in dict.fromkeys(far.values()) if s is not None and names]
+    let = f", or let them pass: [training] skips = [{', '.join(skips)}]" if skips and None not in far.values() else ""
+    raise CutError(
+        f"{', '.join(f'`{name}`' for name in far)} would pass by a party; cut where a piece uses only what the one "
+        f"before it makes{let}"
+    )
 
 
 @dataclass(frozen=True)

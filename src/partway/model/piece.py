@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -40,13 +41,22 @@ class Packed:
     Args:
         inputs: of each value that comes in: its type, and the shape of a record's.
         outputs: the same of those that go out.
+        portions: where these go to different segments: for each the numbers of its values. Else all go to one.
+        flat: one value alone is laid out as several are, for others stand beside it where it goes.
 
     Raises:
         CutError: a value is a size, or a type of which a number does not fit into the others'.
     """
 
-    def __init__(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[Value],
+        outputs: Sequence[Value],
+        portions: Sequence[Sequence[int]] = (),
+        flat: bool = False,
+    ) -> None:
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self.portions, self.flat = tuple(map(tuple, portions)), flat
         for values in (self.inputs, self.outputs):
             if len(values) > 1 and not all(
                 value.floating or value.dtype in ("bool", "uint8", "int8") for value in values
@@ -54,9 +64,15 @@ class Packed:
                 told = ", ".join(value.dtype for value in values)
                 raise CutError(f"values of types {told} cross together, and do not fit into one tensor; cut elsewhere")
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Numbers of a record in each portion."""
+        sizes = [math.prod(map(int, value.shape)) for value in self.outputs]
+        return tuple(sum(sizes[number] for number in portion) for portion in self.portions)
+
     def apart(self, tensor: Tensor) -> list[Tensor]:
         """The values that one tensor is made of."""
-        if len(self.inputs) == 1:
+        if len(self.inputs) == 1 and tensor.dim() == 1 + len(self.inputs[0].shape):
             return [tensor]
         sizes = [math.prod(map(int, value.shape)) for value in self.inputs]
         made = []
@@ -67,7 +83,9 @@ class Packed:
 
     def beside(self, values: Sequence[Tensor]) -> Tensor:
         """One tensor of the values, shape (records, numbers of a record)."""
-        if len(self.outputs) == 1:
+        if self.portions:
+            values = [values[number] for portion in self.portions for number in portion]
+        if len(values) == 1 and not self.flat:
             return values[0]
         kind = functools.reduce(torch.promote_types, [v.dtype for v in values if v.is_floating_point()])
         return torch.cat([value.reshape(len(value), -1).to(kind) for value in values], 1)
@@ -107,6 +125,11 @@ class Piece(nn.Module):
         self.inputs = training.inputs
         self.outputs = tuple(name for output in training.outputs for name in references(output))
         self._runs = {mode: _compiled(program) for mode, program in self.programs.items()}
+
+    def takes(self, inputs: Sequence[str]) -> None:
+        """Sets in which order it is called with its inputs."""
+        self.programs = {train: msgspec.structs.replace(p, inputs=tuple(inputs)) for train, p in self.programs.items()}
+        self.inputs = tuple(inputs)
 
     def _keep(self, name: str, tensor: Tensor, persistent: bool) -> None:
         owner: nn.Module = self

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from partway.errors import PlanError
 from partway.plan.plan import Edge, Join, Plan, Segment
 
 DATA = Segment(name="data", kind="records")
@@ -36,6 +38,30 @@ def u_shaped(sites: Sequence[str], server: str = "server") -> Plan:
     """
     segments = (DATA, Segment(name="bottom"), Segment(name="trunk", at=server), Segment(name="head"))
     return Plan(tuple(sites), segments, (("split", chain("data", "bottom", "trunk", "head")),), server)
+
+
+def with_skips(plan: Plan, skips: Sequence[tuple[str, str]]) -> Plan:
+    """A chain in which some segments put out something for a later one, too, that passes by those between them.
+
+    What goes to the next segment is the first portion of what they put out, then one for each skip in its order.
+
+    Raises:
+        PlanError: a skip does not lead from a segment to a later one that is not the next.
+    """
+    nets, flow = list(plan.nets), list(plan.edges("split"))
+    for number, (source, target) in enumerate(skips):
+        if source not in nets or target not in nets or nets.index(target) < nets.index(source) + 2:
+            raise PlanError(
+                [f"skip {source} -> {target}: it leads from one of {', '.join(nets)} to one after the next"]
+            )
+        if (source, target) in skips[:number]:
+            raise PlanError([f"skip {source} -> {target} drawn twice"])
+    for source in dict.fromkeys(source for source, _ in skips):
+        (at,) = (n for n, edge in enumerate(flow) if edge.source == source)
+        flow[at] = replace(flow[at], portion=0)
+        own = [target for one, target in skips if one == source]
+        flow += [Edge(source, target, portion=number) for number, target in enumerate(own, 1)]
+    return replace(plan, flows=(("split", tuple(flow)),)).checked()
 
 
 # -- every party has columns, layers or labels of its own, of the same patients: no segment has a copy a site

@@ -364,7 +364,7 @@ def with_counts(plan: Plan, settings: Settings) -> Plan:
 
     def at_home(edge: Edge) -> Edge:
         source, target = (visiting.get(name, name) for name in (edge.source, edge.target))
-        return Edge(source, target, edge.kind, gradient=False)
+        return replace(edge, source=source, target=target, gradient=False)
 
     def counted(name: str) -> tuple[Edge, ...]:
         return Edge("data", name, gradient=False), Edge("data", name, "labels", gradient=False)

@@ -25,6 +25,8 @@ EACH = "each site"
 """A place (at every site) and a number of copies (one a site)."""
 ONE = ""
 """The lane of a single copy."""
+ALL = -1
+"""All that a segment puts out."""
 
 Rows = Mapping[str, int]
 """Records of each lane in one micro-batch; a lane without records may be left out."""
@@ -86,6 +88,8 @@ class Edge:
     """Of labels: which target of the records; empty for the only one."""
     weight: float = 1.0
     """Of features: what the loss counts."""
+    portion: int = ALL
+    """Of activations: which of several things that the source puts out for different segments."""
 
     def __str__(self) -> str:
         return f"{self.source} -> {self.target}"

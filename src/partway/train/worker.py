@@ -188,7 +188,9 @@ class Worker:
             made = self._out[source, m][kind]
             if kind is LetterKind.LABELS and (name := self._fields.get((source.segment, target.segment))):
                 made = self._answers[source, m, name]
-            tensors = {"x": self._part(made, source, target, m).detach()}
+            made = self._part(made, source, target, m).detach()
+            columns = self.shapes.columns(source.segment, target.segment) if kind is LetterKind.ACTIVATIONS else None
+            tensors = {"x": made if columns is None else made[:, columns]}
             if kind is LetterKind.ACTIVATIONS and self.plan[target.segment].kind == "store":
                 tensors["made_by"] = self._digest(source)  # so that no store mixes what two bottoms have made
             if (source, m) in self._proofs and kind is not LetterKind.SCORES:
@@ -339,11 +341,20 @@ class Worker:
                 loss = self._own_losses.get(copy.segment, self.loss)
                 self._loss_of[copy, m] = loss(output, labels) / divisor
 
+    def _whole(self, made: Tensor, source: str, target: str, gradient: Tensor) -> Tensor:
+        """The gradient of all that a segment has made, from that of what went to another one."""
+        columns = self.shapes.columns(source, target)
+        if columns is None:
+            return gradient
+        whole = torch.zeros_like(made, requires_grad=False)
+        whole[:, columns] = gradient
+        return whole
+
     def _backward(self, copy: Copy, m: int, takes: Sequence[Post]) -> None:
         if takes:
-            owed = list(self._joined(takes).values())
-            total = owed[0] if len(owed) == 1 else torch.stack(owed).sum(0)
             made = self._out[copy, m][LetterKind.ACTIVATIONS]
+            owed = [self._whole(made, copy.segment, name, rows) for (_, name), rows in self._joined(takes).items()]
+            total = owed[0] if len(owed) == 1 else torch.stack(owed).sum(0)
             if made.requires_grad:  # a piece without weights on data has nothing to learn
                 made.backward(total)  # type: ignore[no-untyped-call]
         else:
