@@ -10,15 +10,17 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import save
+from torch import nn
 
 from federations import difference, job_of, records_of, small
 from partway import pki
 from partway.assembly import forecast_of
 from partway.config import Job, read_job
 from partway.equality import _Plain
-from partway.errors import ConfigError, Refused
+from partway.errors import ConfigError, CutError, Refused
 from partway.local import toml
 from partway.model.bundle import PROGRAM, SIGNATURE
+from partway.model.cut import as_piece
 from partway.model.segment import initialise
 from partway.outcome import result_of
 from partway.plan.phases import original
@@ -96,6 +98,8 @@ def test_first_weights_are_the_folder_s_in_an_order_that_nobody_else_knows(tmp_p
         assert len({tuple(tensors[name].reshape(-1).tolist()) for tensors in (one, other, given)}) == 3
         assert torch.equal(one[name].reshape(-1).sort().values, given[name].reshape(-1).sort().values)
     assert all(torch.equal(one[name], given[name]) for name in given if name.startswith("norm"))
+    with pytest.raises(CutError, match="has no first weights of its own; build its network by name"):
+        initialise(as_piece(nn.LayerNorm(4), torch.zeros(2, 4)), b"1" * 32)  # of no folder
 
 
 def test_a_frozen_segment_and_weights_of_elsewhere(tmp_path: Path) -> None:

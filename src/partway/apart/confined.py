@@ -100,14 +100,16 @@ class _Call(torch.autograd.Function):
         wanted = [n for n, t in enumerate(tensors[:inputs]) if t.requires_grad]
         trained = [n for n, t in enumerate(tensors[inputs:]) if t.requires_grad]
         number, made = module._process.forward(asked, module.training, graph, wanted, trained)
-        torch.set_rng_state(made.pop("random"))
-        for name, buffer in module.named_buffers():
-            buffer.copy_(made.pop(f"b.{name}"))
+        try:
+            torch.set_rng_state(made.pop("random"))
+            for name, buffer in module.named_buffers():
+                buffer.copy_(made.pop(f"b.{name}"))
+            outputs = tuple(made[f"y{n}"].to(tensors[0].device) for n in range(len(made)))
+        except (KeyError, RuntimeError, TypeError):
+            raise JobFailed("the confined segment answers something else than it was asked for") from None
         ctx.process, ctx.number, ctx.names, ctx.wanted, ctx.inputs = module._process, number, names, wanted, inputs
         ctx.trained = [t.requires_grad for t in tensors[inputs:]]
         ctx.shapes = [(t.shape, t.dtype) for t in tensors]
-        device = tensors[0].device
-        outputs = tuple(made[f"y{n}"].to(device) for n in range(len(made)))
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         return outputs
 

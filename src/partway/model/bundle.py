@@ -114,7 +114,7 @@ def packed(piece: Piece) -> tuple[bytes, bytes]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         parameter = isinstance(tensor, nn.Parameter)
         alias = "" if same == name else same
-        drawn, trained = name in piece.drawn and not alias, tensor.requires_grad
+        drawn, trained = name in (piece.drawn or ()) and not alias, tensor.requires_grad
         specs.append(Spec(name, dtype, tuple(tensor.shape), parameter, trained, name in saved, drawn, alias))
         if not alias:
             tensors[name] = tensor.detach().cpu().contiguous().clone()

@@ -108,8 +108,8 @@ class Piece(nn.Module):
     outputs: tuple[str, ...]
     fresh: Callable[[], nn.Module] | None = None
     """Builds the whole network anew, with weights that its own code draws."""
-    drawn: frozenset[str] = frozenset()
-    """Without `fresh`: the tensors that the network's own code draws at random. They hold one such draw."""
+    drawn: frozenset[str] | None = None
+    """Of a piece from a folder: the tensors that the network's own code draws at random. They hold one such draw."""
     packed: Packed | None = None
     """Where it is run by parties: how several values make one tensor. Else it takes and gives them one by one."""
 

@@ -209,6 +209,8 @@ def initialise(module: nn.Module, secret: bytes) -> None:
     if (drawn := getattr(module, "drawn", None)) is not None:
         _shuffle(module, drawn, secret)
         return
+    if isinstance(module, Piece):
+        raise CutError("a captured piece has no first weights of its own; build its network by name")
     for name, part in module.named_modules():
         own = list(part.parameters(recurse=False))
         if own and not callable(getattr(part, "reset_parameters", None)):
@@ -244,8 +246,6 @@ def _shuffle(module: nn.Module, drawn: Collection[str], secret: bytes) -> None:
     So it is where a tensor's numbers are drawn independently of each other and alike, as most initialisations do; an
     orthogonal matrix comes out as one that is not.
     """
-    if not drawn and any(True for _ in module.parameters()):
-        raise CutError("a captured piece has no first weights of its own; build its network by name")
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(_generator_state(secret))
         for name, tensor in module.state_dict().items():
