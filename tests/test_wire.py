@@ -106,7 +106,7 @@ def test_kinds_and_reasons_keep_their_numbers() -> None:
     of_a_policy = (
         *("OPERATOR", "NETWORK", "NETWORK_SIZE", "ROSTER", "LABELS", "WIDTH", "EPOCHS"),
         *("SITES", "RECORDS", "SCORES", "CLEAR_SUM", "RESULT", "BATCHNORM", "EVALUATION", "REPEATED", "RELEASES"),
-        *("PREDICTIONS", "EARLIER", "WEIGHTS"),
+        *("PREDICTIONS", "EARLIER", "WEIGHTS", "SEGMENT"),
     )
     expected = [*enumerate(of_a_party, 1), *enumerate(of_a_policy, 10)]
     assert [(int(r), r.name) for r in Reason] == expected
