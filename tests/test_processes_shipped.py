@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -51,7 +52,9 @@ def test_a_job_of_segments_without_code(tmp_path: Path) -> None:
             file.write_text(file.read_text().replace("[policy]\n", f"[policy]\nsegments = {json.dumps(accepted)}\n"))
         running.start()
         words = {**OTHERS, "networks": {name: {"segment": w.digest} for name, w in made.items()}}
-        ran = running.run(words)
+        own: set[str] = set()
+        ran = running.run(words, lambda _: own.update(children(running.processes["svi"].popen.pid)))
+        assert len(own) == 2  # of bottom and trunk
         job = read_job(running_job(tmp_path, ran.folders[SERVER]))
         secrets = {party: running.secret(party) for party in (SERVER, *SITES)}
         held = {site: own for site, own in thyroid.bundled(0).items() if site in SITES}
@@ -67,6 +70,8 @@ def test_a_job_of_segments_without_code(tmp_path: Path) -> None:
             found = load_file(ran.folders[site] / "network.safetensors")
             assert {name.partition(".")[2] for name in found} == set(expected)
             assert max(float((t - expected[n.partition(".")[2]]).abs().max()) for n, t in found.items()) < 1e-10
+        for party in (SERVER, *SITES):  # no segment's process outlives its job
+            running.wait_until(lambda at=party: not children(running.processes[at].popen.pid), party)
         told = predicted(tmp_path / "svi", ran.folders["svi"])
         lines = told.stdout.splitlines()
         assert told.returncode == 0, told.stderr
@@ -75,6 +80,16 @@ def test_a_job_of_segments_without_code(tmp_path: Path) -> None:
         (tmp_path / "svhc" / "weights").unlink()
         with pytest.raises(Refused, match="svhc refuses the job: SEGMENT"):
             running.run({**words, "job": {"name": "thyroid-again"}})
+
+
+def children(process: int) -> list[str]:
+    """Of a process that may end meanwhile, as may any other."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(process):
+                found.append(folder.name)
+    return found
 
 
 def predicted(home: Path, run: Path) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import nn
 
 from partway import pki
 from partway.apart.confined import Confined
-from partway.blueprint import DTYPES, Shipped, built, configured, example_of
+from partway.blueprint import DTYPES, built, configured, example_of
 from partway.config import Job, of_any_size
 from partway.data.records import Schema
 from partway.errors import CutError, Refused, TrustError, UsageError
@@ -106,22 +105,38 @@ def read(folder: Path, authority: bytes | None, digest: str = "", most_parameter
     return Read(piece, *found[0])
 
 
-def reader(home: Path | None, authority: bytes | None) -> Shipped:
-    """Reads segments that jobs name by digest, and runs each in a process of its own.
+class Reader:
+    """Reads segments that jobs name by digest, and runs each in a process of its own until it is left.
 
     Args:
         home: where their folders lie, each called by its digest.
         authority: as in `read`.
     """
 
-    @functools.cache
-    def confined(digest: str, most_parameters: int) -> Confined:
-        words = f"segment = `{digest[:12]}...`"
-        if home is None or not (folder := home / digest).is_dir():
-            raise Refused(f"{words}: put the folder {digest} into {home}", [Reason.SEGMENT.name])
-        try:
-            return Confined(read(folder, authority, digest, most_parameters).piece)
-        except (CutError, TrustError) as error:
-            raise Refused(f"{words}: {error}", [Reason.SEGMENT.name]) from None
+    def __init__(self, home: Path | None, authority: bytes | None) -> None:
+        self._home, self._authority = home, authority
+        self._started: dict[str, Confined] = {}
 
-    return lambda digest, most_parameters: copy.deepcopy(confined(digest, most_parameters))
+    def __call__(self, digest: str, most_parameters: int) -> Confined:
+        """A segment. Raises `Refused` if it is not there or may not run; reason SEGMENT."""
+        words = f"segment = `{digest[:12]}...`"
+        if digest not in self._started:
+            if self._home is None or not (folder := self._home / digest).is_dir():
+                raise Refused(f"{words}: put the folder {digest} into {self._home}", [Reason.SEGMENT.name])
+            try:
+                piece = read(folder, self._authority, digest, most_parameters).piece
+            except (CutError, TrustError) as error:
+                raise Refused(f"{words}: {error}", [Reason.SEGMENT.name]) from None
+            self._started[digest] = Confined(piece)
+        return copy.deepcopy(self._started[digest])  # with weights of its own, in the same process
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes; a segment that is used again starts another."""
+        for confined in self._started.values():
+            confined.close()

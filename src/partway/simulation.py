@@ -21,7 +21,7 @@ from partway.errors import DataError, JobFailed, PartwayError
 from partway.outcome import result_of
 from partway.party import Out
 from partway.report import Result
-from partway.shipped import reader
+from partway.shipped import Reader
 from partway.train.draws import derived
 from partway.transport.memory import Wire
 from partway.wire import frames
@@ -62,6 +62,8 @@ class Federation:
     secrets: dict[str, bytes]
     """Of each party."""
     parties: dict[str, Assembled]
+    shipped: Reader
+    """Runs segments that came without code."""
 
     def run(self, wire: Wire | None = None, watch: Callable[[str, Assembled], None] | None = None) -> None:
         """Delivers messages until nothing moves. Raises what a party raises; `JobFailed` if one has not ended.
@@ -80,6 +82,7 @@ class Federation:
     def _end(self, outcome: str) -> None:
         for assembled in self.parties.values():
             assembled.ledger.end(outcome)
+        self.shipped.close()
 
     def _deliver(self, wire: Wire, watch: Callable[[str, Assembled], None] | None) -> None:
         def post(sender: str, out: Out) -> None:
@@ -135,7 +138,7 @@ def federation(
     digest = derived(b"partway/simulate", msgspec.json.encode(_said(unsigned), order="sorted").hex())
     job = msgspec.structs.replace(job, roster={site: everyone[site] for site in names})
     secrets = {name: derived(b"partway/simulate", job.job.seed, name) for name in identities}
-    schemas, shipped = _schemas(job, records), reader(weights, None)
+    schemas, shipped = _schemas(job, records), Reader(weights, None)
     parties = {}
     for name, identity in identities.items():
         home = folder / name if folder else None
@@ -154,7 +157,7 @@ def federation(
             tap=(taps or {}).get(name),
         )
         parties[name] = assemble(job, digest, "simulate", everyone, SERVER, place, schemas, pki.signed_by)
-    return Federation(job, digest, secrets, parties)
+    return Federation(job, digest, secrets, parties, shipped)
 
 
 def _said(of: Any) -> Any:

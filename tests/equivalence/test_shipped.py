@@ -26,7 +26,7 @@ from partway.outcome import result_of
 from partway.plan.phases import original
 from partway.policy import judge_job
 from partway.protocol.messages import Reason
-from partway.shipped import read, reader, write
+from partway.shipped import Reader, read, write
 from partway.simulation import permissive
 
 STEWARD = pki.Authority.create("consortium")
@@ -130,19 +130,19 @@ def test_a_segment_that_may_not_run(tmp_path: Path) -> None:
     assert objection.reason is Reason.SEGMENT
     assert objection.words == f"the bottom, segment {digest}, is not in [policy] segments"
     with pytest.raises(Refused, match=f"segment = `{digest[:12]}...`: put the folder {digest} into") as told:
-        reader(tmp_path / "elsewhere", STEWARD.pem)(digest, 1000)
+        Reader(tmp_path / "elsewhere", STEWARD.pem)(digest, 1000)
     assert told.value.reasons == ("SEGMENT",)
     strangers = pki.Authority.create("others")
     with pytest.raises(Refused, match=r"not issued by|another federation"):
-        reader(tmp_path, strangers.pem)(digest, 1000)
+        Reader(tmp_path, strangers.pem)(digest, 1000)
     with pytest.raises(Refused, match="at most 10 are allowed"):
-        reader(tmp_path, STEWARD.pem)(digest, 10)
+        Reader(tmp_path, STEWARD.pem)(digest, 10)
     folder = tmp_path / digest
     other = tmp_path / job.shipped["trunk"]
     for name in (PROGRAM, SIGNATURE):
         (folder / name).write_bytes((other / name).read_bytes())
     with pytest.raises(Refused, match="holds another segment than its name says"):
-        reader(tmp_path, STEWARD.pem)(digest, 1000)
+        Reader(tmp_path, STEWARD.pem)(digest, 1000)
 
 
 def test_jobs_that_say_too_much_or_too_little() -> None:

@@ -64,11 +64,11 @@ def cost(job_file: JobFile, data: Data = None, weights: Weights = Path("weights"
     parsed = read_job_file(job_file)
     from partway.assembly import forecast_of, schemas_of
     from partway.data.sets import records_for
-    from partway.shipped import reader
+    from partway.shipped import Reader
 
     records = records_for(parsed, data)(parsed.job.seed)
     sizes = {site: records[site].sizes for site in sorted(records)}
-    costs = forecast_of(parsed, schemas_of(parsed), sizes, shipped=reader(weights, None))
+    costs = forecast_of(parsed, schemas_of(parsed), sizes, shipped=Reader(weights, None))
     text = [f"{'party':<16}{'MFLOP':>12}{'MB up':>10}{'MB down':>10}{'exchanges':>11}"]
     for party, spent in costs.items():
         moved = "".join(f"{nbytes / 1e6:>10.2f}" for nbytes in (spent.bytes_up, spent.bytes_down))
@@ -196,9 +196,9 @@ def predict(
     from partway.data.table import load as load_table
     from partway.finished import ZOO, load
     from partway.finished import predict as predicted
-    from partway.shipped import reader
+    from partway.shipped import Reader
 
-    finished = load(run, (*ZOO, *(site.policy.networks if site else ()), *(network or ())), reader(weights, None))
+    finished = load(run, (*ZOO, *(site.policy.networks if site else ()), *(network or ())), Reader(weights, None))
     where = site.data if site else None
     if where is None:
         where = Connection(path=str(file), connector="parquet" if file.suffix == ".parquet" else "csv")
@@ -224,9 +224,9 @@ def export(
     from partway.finished import ZOO, load
     from partway.finished import export as exported
     from partway.report import write_whole
-    from partway.shipped import reader
+    from partway.shipped import Reader
 
-    finished = load(run, (*ZOO, *(network or ())), reader(weights, None))
+    finished = load(run, (*ZOO, *(network or ())), Reader(weights, None))
     if to.suffix == ".onnx":
         exported(finished, to)
     else:  # weights, with the job and the scaling in its metadata: what `predict` reads

@@ -51,9 +51,9 @@ def job_sign(
     own = pki.Identity.load(identity)
     signed = pki.sign_job(own, text, schema or b"")
     from partway.assembly import network_of, schemas_of
-    from partway.shipped import reader
+    from partway.shipped import Reader
 
-    shipped = reader(weights, own.authority_pem)
+    shipped = Reader(weights, own.authority_pem)
     network_of(parsed, of_any_size(parsed.builds), schemas_of(parsed), shipped=shipped)
     path = file.with_suffix(".signed")
     path.write_bytes(signed)

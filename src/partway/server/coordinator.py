@@ -30,7 +30,7 @@ from partway.party import Out, given_up, reason_for
 from partway.protocol.messages import Bye, Fail, Greet, Head, Offer, Reason
 from partway.report import write_whole
 from partway.server.status import Status
-from partway.shipped import reader
+from partway.shipped import Reader
 from partway.train.draws import derived
 from partway.transport.grpc import Call, Credentials, Listener, ServerLink
 from partway.wire import frames
@@ -182,7 +182,8 @@ class Coordinator:
             status = submitted.status
             try:
                 links = self._wait_for_sites(submitted)
-                self._run(submitted, links)
+                with Reader(self._home / self.settings.weights, self.identity.authority_pem) as shipped:
+                    self._run(submitted, links, shipped)
                 status.state, status.message = "done", f"the result is in {submitted.folder}"
             except PartwayError as error:
                 refused = isinstance(error, Refused)
@@ -218,14 +219,13 @@ class Coordinator:
                 self._changed.wait()
         raise JobFailed("stopped by its operator before it began")
 
-    def _run(self, submitted: Submitted, links: Mapping[str, ServerLink]) -> None:
+    def _run(self, submitted: Submitted, links: Mapping[str, ServerLink], shipped: Reader) -> None:
         job, identity = submitted.job, self.identity
         for site, link in links.items():
             if self._subjects[link].fingerprint != job.roster[site]:
                 words = f"{site} is connected with another key than the job's roster says"
                 raise Refused(words, [Reason.ROSTER.name])
         data = self._predict if job.predict else self._data
-        weights = self._home / self.settings.weights
         place = Place(
             identity=identity,
             policy=self._policy,
@@ -233,8 +233,8 @@ class Coordinator:
             records=matched.read(data, self._home, job, identity.name) if not job.laned else None,
             folder=submitted.folder,
             earlier=self.folder,
-            weights=weights,
-            shipped=reader(weights, identity.authority_pem),
+            weights=self._home / self.settings.weights,
+            shipped=shipped,
             device=self.settings.device,
         )
         roster = {**job.roster, identity.name: identity.fingerprint}

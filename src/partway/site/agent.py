@@ -32,7 +32,7 @@ from partway.protocol.messages import (
     Reason,
     Wrong,
 )
-from partway.shipped import reader
+from partway.shipped import Reader
 from partway.site.releases import Releases
 from partway.transport.grpc import ClientLink, Credentials
 from partway.wire import frames
@@ -174,6 +174,10 @@ class Agent:
 
     async def _take_part(self, offer: Offer, server: str) -> PartwayError | None:
         """One job, to its end. What went wrong is told to the server as an enum, to our own people in words."""
+        with Reader(self._home / self.settings.weights, self.identity.authority_pem) as shipped:
+            return await self._join(offer, server, shipped)
+
+    async def _join(self, offer: Offer, server: str, shipped: Reader) -> PartwayError | None:
         name, digest, folder = "a job", bytes(32), None
         try:
             opened = pki.open_job(offer.job, self.identity.authority_pem)
@@ -191,7 +195,6 @@ class Agent:
                 raise Refused(words, [Reason.REPEATED.name])
             folder.mkdir(parents=True)
             data = self._predict if job.predict else self._data
-            weights = self._home / self.settings.weights
             place = Place(
                 identity=self.identity,
                 policy=self._policy,
@@ -199,8 +202,8 @@ class Agent:
                 records=matched.read(data, self._home, job, self.identity.name),
                 folder=folder,
                 earlier=folder.parent,
-                weights=weights,
-                shipped=reader(weights, self.identity.authority_pem),
+                weights=self._home / self.settings.weights,
+                shipped=shipped,
                 device=self.settings.device,
                 tap=self._tap,
                 released=self._releases.count,

@@ -26,7 +26,7 @@ from partway.policy import judge_job, judge_turns
 from partway.protocol.messages import LetterKind, Post, Reason
 from partway.protocol.net import Route, Task, compile
 from partway.shapes import Shapes
-from partway.shipped import reader
+from partway.shipped import Reader
 from partway.site.releases import Releases
 from partway.train.source import RecordSource
 from partway.train.worker import Worker
@@ -102,7 +102,7 @@ def preview(site: Site, home: Path, job_file: Path) -> Preview:
     if me not in plan.parties:
         raise UsageError(f"{me} has no part in the job {job.job.name}")
     authority = contents(home / site.site.identity / "authority.pem") if job.shipped else b""
-    network = network_of(job, policy, schemas, shipped=reader(home / site.site.weights, authority))
+    network = network_of(job, policy, schemas, shipped=Reader(home / site.site.weights, authority))
     shapes = shapes_of(job, plan, network, schemas)
     turns = _turns(me, plan, schedule)
     released = Releases(home / site.site.folder).count
