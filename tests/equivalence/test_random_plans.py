@@ -49,7 +49,7 @@ def drawn(seed: int, laned: bool) -> dict[str, dict[str, Any]]:
     edges.append({"source": rng.choice(holders), "target": last, "kind": "labels"})
 
     def net(outputs: int) -> dict[str, Any]:
-        arguments = {"inputs": WIDTH, "hidden": [4], "classes": outputs}
+        arguments = {"inputs": WIDTH, "hidden": [16], "classes": outputs}
         return {"build": "partway.model.zoo:mlp", "arguments": arguments}
 
     words = {
