@@ -71,7 +71,9 @@ class Everything:
 
     def seed(self, party: str, at: int, copy: Copy, micro_batch: int = 0) -> None:
         """Before a forward with dropout."""
-        torch.manual_seed(forward_seed(self.whole.secrets[party], self.whole.digest, at, micro_batch, copy))
+        torch.default_generator.manual_seed(
+            forward_seed(self.whole.secrets[party], self.whole.digest, at, micro_batch, copy)
+        )
 
 
 def weights_at(whole: Federation) -> dict[Copy, Tensor]:

@@ -22,7 +22,7 @@ from partway.model.segment import initialise
 from partway.shipped import read, write
 from partway.train.draws import first_weights
 
-SITES = ("svi", "svhc", "stmw")
+SITES = ("svhc", "stmw")
 NETWORK = {
     "build": "partway.model.zoo:mlp",
     "arguments": {"inputs": 29, "hidden": [32, 8, 32], "classes": 7},
@@ -40,7 +40,7 @@ def test_a_job_of_segments_without_code(tmp_path: Path) -> None:
     """Equals one loop by the code; the network that a site holds then tells of its records, still without the code."""
     records = thyroid.write_sites(tmp_path / "records")
     chosen = {p.name.removesuffix(".csv.gz"): p for p in records}
-    allowed = {"networks": [], "solvable_sums": True, "least_records_in_sum": 1}
+    allowed = {"networks": [], "solvable_sums": True, "least_records_in_sum": 1, "least_sites": 2}
     with LocalFederation(tmp_path, {site: chosen[site] for site in SITES}, allowed) as running:
         operator = pki.Identity.load(tmp_path / OPERATOR / "identity")
         code = read_job(toml({**OTHERS, "network": NETWORK}))
@@ -49,11 +49,12 @@ def test_a_job_of_segments_without_code(tmp_path: Path) -> None:
             (tmp_path / party / "weights").symlink_to(tmp_path / "made")
             file = tmp_path / party / ("server.toml" if party == SERVER else "site.toml")
             accepted = [w.digest for w in made.values()]
-            file.write_text(file.read_text().replace("[policy]\n", f"[policy]\nsegments = {json.dumps(accepted)}\n"))
+            words = f"segments = {json.dumps(accepted)}\n" + ("least_sites = 2\n" if party == SERVER else "")
+            file.write_text(file.read_text().replace("[policy]\n", f"[policy]\n{words}"))
         running.start()
-        words = {**OTHERS, "networks": {name: {"segment": w.digest} for name, w in made.items()}}
+        terms = {**OTHERS, "networks": {name: {"segment": w.digest} for name, w in made.items()}}
         own: set[str] = set()
-        ran = running.run(words, lambda _: own.update(children(running.processes["svi"].popen.pid)))
+        ran = running.run(terms, lambda _: own.update(children(running.processes["stmw"].popen.pid)))
         assert len(own) == 2  # of bottom and trunk
         job = read_job(running_job(tmp_path, ran.folders[SERVER]))
         secrets = {party: running.secret(party) for party in (SERVER, *SITES)}
@@ -72,14 +73,14 @@ def test_a_job_of_segments_without_code(tmp_path: Path) -> None:
             assert max(float((t - expected[n.partition(".")[2]]).abs().max()) for n, t in found.items()) < 1e-10
         for party in (SERVER, *SITES):  # no segment's process outlives its job
             running.wait_until(lambda at=party: not children(running.processes[at].popen.pid), party)
-        told = predicted(tmp_path / "svi", ran.folders["svi"])
+        told = predicted(tmp_path / "stmw", ran.folders["stmw"])
         lines = told.stdout.splitlines()
         assert told.returncode == 0, told.stderr
-        assert len(lines) > len(held["svi"].labels)  # some have none
+        assert len(lines) > len(held["stmw"].labels)  # some have none
         assert len({line.split(",", 2)[2] for line in lines}) > 100
         (tmp_path / "svhc" / "weights").unlink()
         with pytest.raises(Refused, match="svhc refuses the job: SEGMENT"):
-            running.run({**words, "job": {"name": "thyroid-again"}})
+            running.run({**terms, "job": {"name": "thyroid-again"}})
 
 
 def children(process: int) -> list[str]:

@@ -321,7 +321,7 @@ class Worker:
     ) -> None:
         segment, training = self.segments[copy], bool(self._turn.train)
         if training and segment.draws and self._draws is not None:
-            torch.manual_seed(self._draws(self.at, m, copy))
+            self._seed(self._draws(self.at, m, copy))
         with torch.autocast(self._device.type, self._half) if self._half else nullcontext():
             output = segment.forward(inputs, training)
         output = output.to(self.shapes.pieces[copy.segment].dtype)
@@ -349,6 +349,12 @@ class Worker:
         whole = torch.zeros_like(made, requires_grad=False)
         whole[:, columns] = gradient
         return whole
+
+    def _seed(self, number: int) -> None:
+        """As `torch.manual_seed`, which seeds all kinds of devices, and notes a call stack for those not in use."""
+        torch.default_generator.manual_seed(number)
+        if self._device.type == "cuda":
+            torch.cuda.manual_seed(number)
 
     def _backward(self, copy: Copy, m: int, takes: Sequence[Post]) -> None:
         if takes:
