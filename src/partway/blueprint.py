@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from partway.config import LANED, Job, JobNetwork, Policy
 from partway.data.records import Schema
-from partway.errors import ConfigError, Refused, UsageError
+from partway.errors import ConfigError, CutError, Refused, UsageError
 from partway.model.adapters import with_adapters
 from partway.model.cut import cut, pack
 from partway.model.norm import with_group_norm
@@ -50,9 +50,10 @@ def configured(job: Job, server: str = "server") -> Plan:
     if job.skips:
         plan = with_skips(plan, job.skips)
     frozen = job.frozen
-    for name in frozen:
-        if name not in plan.nets:
-            raise ConfigError(f"frozen names {name}; the segments are {', '.join(plan.nets)}")
+    for key, names in (("frozen", frozen), ("weights", job.weights)):
+        for name in names:
+            if name not in plan.nets:
+                raise ConfigError(f"{key} names {name}; the segments are {', '.join(plan.nets)}")
     if frozen and set(plan.nets) <= set(frozen):
         raise ConfigError("every segment is frozen, so that nothing is trained")
     if "trunk" in frozen and job.training.schedule == "half_trained":
@@ -316,7 +317,7 @@ def _takes(module: nn.Module, example: Tensor, what: str) -> Tensor:
     try:
         with torch.no_grad():
             output = module(example)
-    except RuntimeError as error:
+    except (RuntimeError, CutError) as error:
         gives = f"a record gives {math.prod(shape)} inputs: " if len(shape) == 1 else ""
         words = f"{what} takes no records of shape {shape}: {gives}{str(error).splitlines()[0]}"
         raise ConfigError(words) from None

@@ -12,7 +12,7 @@ from torch import nn
 from federations import SIZES, difference, job_of, pooled, records_of, small
 from partway.assembly import forecast_of
 from partway.config import Policy
-from partway.errors import CutError, PlanError, Refused
+from partway.errors import ConfigError, CutError, PlanError, Refused
 from partway.model.segment import initialise
 from partway.outcome import result_of
 from partway.simulation import permissive
@@ -83,6 +83,8 @@ def test_what_would_pass_by_a_party_is_refused_or_let_pass() -> None:
     ):
         with pytest.raises(PlanError, match=words):
             small(skipping(skips))
+    with pytest.raises(ConfigError, match=r"skips has `bottom to head`; a skip is written as in `bottom -> head`"):
+        skipping(["bottom to head"])
     with pytest.raises(CutError, match="the head uses nothing that the bottom makes; leave the skip out"):
         small(job(CUTS["u_shaped"], configuration="u_shaped", skips=["bottom -> head"]))
 

@@ -64,6 +64,8 @@ def test_what_cannot_be_frozen() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             small(job({"frozen": frozen}, **more))
+    with pytest.raises(ConfigError, match="weights names middle; the segments are bottom, trunk"):
+        small(job({"weights": {"middle": "0" * 64}}))
 
 
 # -- weights of elsewhere

@@ -219,7 +219,6 @@ class Averaged(Settings, frozen=True, kw_only=True):
     """Steps between two averages in an epoch, at the end of which there is one in any case; 0 for that one alone."""
 
 
-_SKIP = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63} -> [A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 ScheduleName = Literal[
     "synchronous", "half_trained", "relay", "averaged", "private", "splitfed_v1", "splitfed_v2", "splitfed_v3"
 ]
@@ -237,7 +236,7 @@ class Training(Settings, frozen=True, kw_only=True):
     """Of `extended_vanilla`: the site at which they meet."""
     hops: tuple[Name, ...] = ()
     """Of `multi_hop`: the parties before the server, in order; the first holds the features."""
-    skips: Annotated[tuple[Annotated[str, Meta(pattern=_SKIP)], ...], Meta(max_length=64)] = ()
+    skips: Annotated[tuple[Annotated[str, Meta(max_length=140)], ...], Meta(max_length=64)] = ()
     """Of a network that is cut: `bottom -> head` lets values of the bottom that the head uses pass by all between."""
     schedule: ScheduleName = "synchronous"
     """In which order the parties train; see `docs/schedules.md`."""
@@ -498,6 +497,9 @@ def _check_parts(job: Job, where: str, scheduled: bool) -> None:
                 f"{where}: [networks.{segment}] needs installed code, `build` with its arguments, or a signed folder, "
                 "`segment`; and not both"
             )
+    for skip in training.skips:
+        if skip.count(" -> ") != 1:
+            raise ConfigError(f"{where}: [training] skips has `{skip}`; a skip is written as in `bottom -> head`")
     if training.skips and not cuts:
         raise ConfigError(f"{where}: in {name} there is no chain of segments that [training] skips could pass by")
     if training.skips and job.embeds:
