@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from partway import pki
 from partway.assembly import Assembled, Place, assemble, schemas_of
 from partway.blueprint import Schemas, configured
-from partway.config import Job, Policy, read_job, read_job_file
+from partway.config import Job, Policy, read_job, read_job_file, said
 from partway.data.records import Records, Target
 from partway.egress import Tap
 from partway.errors import DataError, JobFailed, PartwayError
@@ -135,7 +135,7 @@ def federation(
     everyone = {name: identity.fingerprint for name, identity in identities.items()}
     # Keys are fresh in each run, and what stands for the signed job is not: the same job draws the same again.
     unsigned = msgspec.structs.replace(job, roster=dict.fromkeys(names, ""))
-    digest = derived(b"partway/simulate", msgspec.json.encode(_said(unsigned), order="sorted").hex())
+    digest = derived(b"partway/simulate", msgspec.json.encode(said(unsigned), order="sorted").hex())
     job = msgspec.structs.replace(job, roster={site: everyone[site] for site in names})
     secrets = {name: derived(b"partway/simulate", job.job.seed, name) for name in identities}
     schemas, shipped = _schemas(job, records), Reader(weights, None)
@@ -158,20 +158,6 @@ def federation(
         )
         parties[name] = assemble(job, digest, "simulate", everyone, SERVER, place, schemas, pki.signed_by)
     return Federation(job, digest, secrets, parties, shipped)
-
-
-def _said(of: Any) -> Any:
-    """A job without what is so by default: a key that a later version brings changes no draw of a job without it."""
-    if isinstance(of, msgspec.Struct):
-        own = [(field, getattr(of, field.name)) for field in msgspec.structs.fields(of)]
-        return {field.name: _said(value) for field, value in own if field.required or value != _default(field)}
-    if isinstance(of, dict):
-        return {key: _said(value) for key, value in of.items()}
-    return [_said(value) for value in of] if isinstance(of, list | tuple) else of
-
-
-def _default(field: Any) -> Any:
-    return field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
 
 
 def _schemas(job: Job, records: Mapping[str, Records]) -> Schemas:

@@ -82,7 +82,7 @@ from partway.config.schema import (
     made_of,
     read_schema,
 )
-from partway.config.words import Count, Fingerprint, Name, Positive, Rate, Settings, contents
+from partway.config.words import Count, Fingerprint, Name, Positive, Rate, Settings, contents, said
 
 __all__ = [
     "LANED",
@@ -148,4 +148,5 @@ __all__ = [
     "read_schema",
     "read_server",
     "read_site",
+    "said",
 ]

@@ -29,6 +29,27 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 S = TypeVar("S", bound=Settings)
 
 
+def said(of: Any) -> Any:
+    """Settings without what is so by default, as plain data: a key that a later version brings changes nothing of it.
+
+    >>> class Training(Settings, frozen=True, kw_only=True):
+    ...     epochs: int
+    ...     batch: int = 64
+    >>> said(Training(epochs=20, batch=64)), said(Training(epochs=20, batch=32))
+    ({'epochs': 20}, {'epochs': 20, 'batch': 32})
+    """
+    if isinstance(of, msgspec.Struct):
+        own = [(field, getattr(of, field.name)) for field in msgspec.structs.fields(of)]
+        return {field.name: said(value) for field, value in own if field.required or value != _default(field)}
+    if isinstance(of, dict):
+        return {key: said(value) for key, value in of.items()}
+    return [said(value) for value in of] if isinstance(of, list | tuple) else of
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+
+
 def contents(path: Path, error: type[UsageError] = UsageError) -> bytes:
     """A file's bytes. Raises `error`, with the path and why."""
     try:
