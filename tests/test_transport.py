@@ -69,7 +69,8 @@ def close_loop() -> None:
     left = asyncio.all_tasks(LOOP)
     for task in left:
         task.cancel()
-    LOOP.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+    if left:
+        LOOP.run_until_complete(asyncio.gather(*left, return_exceptions=True))
     LOOP.close()
 
 
