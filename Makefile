@@ -12,7 +12,7 @@ demo: .venv/.installed
 	.venv/bin/partway demo
 
 test: lint
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .
