@@ -33,10 +33,13 @@ _DEVICE = 0
 class Packed:
     """Several values of a record side by side in one tensor, as parties send and join them; one stays as it is.
 
-    >>> packed = Packed([Value("float32", (2, 2)), Value("bool", (3,))], [Value("float32", (4,))])
-    >>> square, mask = packed.apart(torch.arange(7.0).view(1, 7))
-    >>> square.shape, mask
-    (torch.Size([1, 2, 2]), tensor([[True, True, True]]))
+    Whole numbers stand there as their bytes, each a number from 0 to 255: exact in every type that crosses.
+
+    >>> values = [Value("float32", (2, 2)), Value("int64", (3,))]
+    >>> packed = Packed(values, values)
+    >>> crossing = packed.beside([torch.ones(1, 2, 2), torch.tensor([[7, -1, 2**40]])])
+    >>> crossing.shape, packed.apart(crossing.half())[1]
+    (torch.Size([1, 28]), tensor([[            7,            -1, 1099511627776]]))
 
     Args:
         inputs: of each value that comes in: its type, and the shape of a record's.
@@ -45,7 +48,7 @@ class Packed:
         flat: one value alone is laid out as several are, for others stand beside it where it goes.
 
     Raises:
-        CutError: a value is a size, or a type of which a number does not fit into the others'.
+        CutError: a value beside others is a size, or complex.
     """
 
     def __init__(
@@ -58,27 +61,27 @@ class Packed:
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.portions, self.flat = tuple(map(tuple, portions)), flat
         for values in (self.inputs, self.outputs):
-            if len(values) > 1 and not all(
-                value.floating or value.dtype in ("bool", "uint8", "int8") for value in values
-            ):
+            if len(values) > 1 and any(not value.tensor or DTYPES[value.dtype].is_complex for value in values):
                 told = ", ".join(value.dtype for value in values)
                 raise CutError(f"values of types {told} cross together, and do not fit into one tensor; cut elsewhere")
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Numbers of a record in each portion."""
-        sizes = [math.prod(map(int, value.shape)) for value in self.outputs]
+        sizes = [_numbers(value) for value in self.outputs]
         return tuple(sum(sizes[number] for number in portion) for portion in self.portions)
 
     def apart(self, tensor: Tensor) -> list[Tensor]:
         """The values that one tensor is made of."""
         if len(self.inputs) == 1 and tensor.dim() == 1 + len(self.inputs[0].shape):
             return [tensor]
-        sizes = [math.prod(map(int, value.shape)) for value in self.inputs]
+        sizes = [_numbers(value) for value in self.inputs]
         made = []
         for part, value in zip(torch.split(tensor, sizes, 1), self.inputs, strict=True):
-            part = part.reshape(len(part), *map(int, value.shape))
-            made.append(part if value.floating else part.detach().to(DTYPES[value.dtype]))
+            if not value.floating:
+                kind, octets = DTYPES[value.dtype], part.detach().to(torch.uint8, copy=True).reshape(-1)
+                part = octets.bool() if kind is torch.bool else octets.view(kind)
+            made.append(part.reshape(len(tensor), *map(int, value.shape)))
         return made
 
     def beside(self, values: Sequence[Tensor]) -> Tensor:
@@ -87,8 +90,19 @@ class Packed:
             values = [values[number] for portion in self.portions for number in portion]
         if len(values) == 1 and not self.flat:
             return values[0]
-        kind = functools.reduce(torch.promote_types, [v.dtype for v in values if v.is_floating_point()])
-        return torch.cat([value.reshape(len(value), -1).to(kind) for value in values], 1)
+        kind = functools.reduce(torch.promote_types, [v.dtype for v in values if v.is_floating_point()], torch.uint8)
+        flat = [value if value.is_floating_point() else _octets(value) for value in values]
+        return torch.cat([value.reshape(len(value), -1).to(kind) for value in flat], 1)
+
+
+def _octets(value: Tensor) -> Tensor:
+    """Whole numbers as their bytes, shape (records, ..., bytes); clone makes the strides that `view` asks for."""
+    return value.unsqueeze(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+def _numbers(value: Value) -> int:
+    """In how many columns a record's part of a value stands."""
+    return math.prod(map(int, value.shape)) * (1 if value.floating else DTYPES[value.dtype].itemsize)
 
 
 class Piece(nn.Module):
