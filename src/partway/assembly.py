@@ -346,14 +346,15 @@ def assemble(
     network = network_of(job, policy, schema, server, place.shipped)
     _refuse_batchnorm(me, job, plan, network)
     shapes, dtype, device = shapes_of(job, plan, network, schema), DTYPES[job.training.dtype], device_of(place.device)
-    segments = {}
-    for copy in plan.placed(me):
-        module = network.modules[original(copy.segment)]
-        if copy.segment == original(copy.segment):
-            initialise(module, first_weights(secret, digest, copy.segment))
-        segments[copy] = Segment(module, dtype, device)
+    tied = network.tied
+    for name in dict.fromkeys(copy.segment for copy in plan.placed(me)):
+        if name == original(name):  # all of them before any is copied, for some share weights
+            initialise(network.modules[name], first_weights(secret, digest, name))
+    segments = {copy: Segment(network.modules[original(copy.segment)], dtype, device) for copy in plan.placed(me)}
+    for copy, segment in segments.items():
         if copy.segment in job.weights:
-            take(place.weights, segments[copy], copy.segment, job.weights[copy.segment])
+            take(place.weights, segment, copy.segment, job.weights[copy.segment])
+    _refuse_untied(me, tied, segments)
     left = take_left(place.earlier, job, network, segments) if job.predict and segments else None
     ledger = Ledger(
         place.folder / "ledger.jsonl" if place.folder else None, derived(secret, "ledger"), place.identity.sign
@@ -388,6 +389,7 @@ def assemble(
         draws=lambda turn, m, copy: forward_seed(secret, digest, turn, m, copy),
         losses={loss: loss_of(t) for loss, t in targets.items()} if not plan.sites else {},
         half=HALF[job.training.precision],
+        tied=tied,
         device=device,
     )
     worker.loss = loss_of(target)
@@ -415,6 +417,19 @@ def assemble(
     return Assembled(
         party=party, job=job, plan=plan, network=network, targets=targets, ledger=ledger, evaluations=evaluations
     )
+
+
+def _refuse_untied(me: str, tied: Sequence[Mapping[str, slice]], segments: Mapping[Copy, Segment]) -> None:
+    """What segments share begins alike at all of them."""
+    for places in tied:
+        (first, where), *others = places.items()
+        for copy, segment in segments.items():
+            for name, there in others if copy.segment == first else ():
+                if (other := segments.get(Copy(name, copy.lane))) is None:
+                    continue
+                if not torch.equal(segment.weights()[where], other.weights()[there]):
+                    words = f"the {first} and the {name} share a weight, and [weights] gives them two; name both files"
+                    refuse(me, [Objection(Reason.WEIGHTS, words)])
 
 
 def _weights(classes: Classes, worker: Worker) -> Tensor:

@@ -22,6 +22,7 @@ from partway.model.adapters import with_adapters
 from partway.model.cut import cut, pack
 from partway.model.norm import with_group_norm
 from partway.model.recipe import build
+from partway.model.segment import shared
 from partway.model.sequence import first_dense
 from partway.plan.configurations import extended_vanilla, multi_hop, multi_task, u_shaped, vanilla, vertical, with_skips
 from partway.plan.plan import ALL, EACH, ONE, Edge, Plan, Segment
@@ -135,6 +136,11 @@ class Network:
     separate: bool
     """Each segment is a network of its own: in the whole, its weights' names begin with the segment's."""
 
+    @property
+    def tied(self) -> list[dict[str, slice]]:
+        """Of each weight that several segments share: where it stands in their flat parameters."""
+        return shared(self.modules)
+
     def prefix(self, segment: str) -> str:
         return f"{segment}." if self.separate else ""
 
@@ -159,7 +165,7 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas, shipped: Shipp
         _takes(whole, torch.zeros(4, *shape, dtype=dtype), f"[network] {terms.build}")
         generator = torch.Generator().manual_seed(0)
         example = torch.randn(4, *shape, generator=generator).to(dtype)
-        pieces = cut(whole, example, cuts_of(job, whole), may_cross=terms.may_cross)
+        pieces = cut(whole, example, cuts_of(job, whole), owned(plan), terms.may_cross)
         pack(pieces, example, lambda: network_of_terms(terms, policy), plan.nets, job.skips)
         modules.update(zip(plan.nets, pieces, strict=True))
     else:
@@ -190,6 +196,15 @@ def _of_type(module: nn.Module, name: str, dtype: str) -> nn.Module:
             own = str(tensor.dtype).removeprefix("torch.")
             raise ConfigError(f"the segment of the {name} was written in {own}, and [training] dtype is {dtype}")
     return module
+
+
+def owned(plan: Plan) -> list[list[int]]:
+    """Numbers of the pieces that one party runs side by side, such as bottom and head of a U-shape: these may share
+    weights."""
+    at: dict[tuple[str, str], list[int]] = {}
+    for number, name in enumerate(plan.nets):
+        at.setdefault((plan[name].at, plan[name].copies), []).append(number)
+    return [numbers for numbers in at.values() if len(numbers) > 1]
 
 
 def network_of_terms(terms: JobNetwork, policy: Policy) -> nn.Module:

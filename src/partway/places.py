@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from partway.blueprint import DTYPES, configured, cuts_of, network_of_terms
+from partway.blueprint import DTYPES, configured, cuts_of, network_of_terms, owned
 from partway.config import Job, of_any_size
 from partway.data.records import Schema
-from partway.errors import UsageError
+from partway.errors import CutError, UsageError
+from partway.model.cache import captured
+from partway.model.capture import call_of
+from partway.model.cut import Whole
 from partway.model.cuts import Place, cuts
 from partway.model.segment import has_batchnorm
 from partway.plan.plan import Plan
@@ -101,9 +105,13 @@ def survey(job: Job, schema: Schema) -> Survey:
     dtype = DTYPES[job.training.dtype]
     whole = network_of_terms(job.network, allowed).to(dtype)
     example = torch.randn(4, *schema.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    places = cuts(whole, example, may_cross=job.network.may_cross)
+    places, after = cuts(whole, example, may_cross=job.network.may_cross), cuts_of(job, whole)
     known = {path: number for number, place in enumerate(places) for path in (place.after, *place.others)}
-    marks = [known[path] for path in cuts_of(job, whole) if path in known]
+    marks = [known[path] for path in after if path in known]
+    if together := owned(plan):  # what no two parties may share, the pieces of one may
+        with contextlib.suppress(CutError):
+            Whole(whole, captured(whole, call_of(example))[0]).pieces(after, together, job.network.may_cross)
+            places = [replace(place, why_not="") if n in marks else place for n, place in enumerate(places)]
     return Survey(job, places, [(name, _party(plan, name)) for name in plan.nets], marks, has_batchnorm(whole))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from partway.blueprint import built, configured
 from partway.config import Job, of_any_size
@@ -61,6 +61,10 @@ def split(job: Job, schemas: Mapping[str, Schema], file: Path, folder: Path, wit
         owner, _, leaf = name.rpartition(".")
         if f"{owner}.base_layer.{leaf}" in known:
             held[f"{owner}.base_layer.{leaf}"] = held.pop(name)
+    for module in network.modules.values():  # of a tied weight a file may have one name, and it is all of its names
+        for names in _by_tensor(module):
+            given = [held[name] for name in names if name in held]
+            held |= dict.fromkeys(names, given[0]) if given else {}
     for name, tensor in held.items():
         if name not in known:
             raise UsageError(f"{file}: the network has no tensor `{name}`; leave it out with --without {name}")
@@ -84,6 +88,14 @@ def split(job: Job, schemas: Mapping[str, Schema], file: Path, folder: Path, wit
     if not parts:
         raise UsageError(f"{file} has nothing of this network")
     return parts
+
+
+def _by_tensor(module: nn.Module) -> list[list[str]]:
+    """All names of each tensor."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
 
 
 def take(folder: Path | None, segment: Segment, name: str, digest: str) -> None:

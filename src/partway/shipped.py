@@ -45,7 +45,7 @@ def write(job: Job, schemas: Mapping[str, Schema], segment: str, identity: pki.I
         folder: where a folder is made that is called by the digest.
 
     Raises:
-        UsageError: the job has no such segment.
+        UsageError: the job has no such segment, or it shares a weight with another.
         TrustError: it is no operator.
     """
     plan = configured(job)
@@ -53,6 +53,10 @@ def write(job: Job, schemas: Mapping[str, Schema], segment: str, identity: pki.I
         raise UsageError(f"{job.job.name} has no segment {segment}; it has {', '.join(plan.nets)}")
     network = built(job, of_any_size(job.builds), plan, schemas)
     module = network.modules[segment]
+    for others in network.tied:
+        if segment in others:
+            told = " and ".join(others)
+            raise UsageError(f"{told} share a weight, and each folder would hold one of its own; untie it first")
     example = example_of(plan, schemas, network.modules, network.outputs, segment, DTYPES[job.training.dtype])
     piece = module if isinstance(module, Piece) else as_piece(module, example)
     piece.drawn = _drawn(module)

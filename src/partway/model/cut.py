@@ -80,13 +80,14 @@ def cut(
         told = f"; it can be cut after {', '.join(places(network))}" if is_sequence(network) else ""
         raise CutError(f"name the modules to cut after in a list{told}")
     call, owners = call_of(example, kwargs), _groups(together, len(after) + 1)
-    if not together and sliceable(network, after, call):
+    tied = bool(together) and any(len(names) > 1 for names in _aliases(network).values())
+    if not tied and sliceable(network, after, call):
         return _sliced(network, network, call, after, may_cross)
     try:
         programs, key = captured(network, call)
     except CutError as error:
         chain = as_sequence(network, call)
-        if chain is None or together:
+        if chain is None or tied:
             raise
         if not sliceable(chain, after, call):
             raise CutError(f"{error}; without that it can be cut after {', '.join(places(chain))}") from error
@@ -152,6 +153,7 @@ def pack(
     """
     shapes: dict[str, tuple[int, ...]] = {}
     own = [piece for piece in pieces if isinstance(piece, Piece)]
+    _refuse_written(own)
     maker = {name: number for number, piece in enumerate(own) for name in piece.outputs}
     given = [(names.index(source), names.index(target)) for source, target in skips]
     ways = [*itertools.pairwise(range(len(own))), *given]
@@ -178,6 +180,17 @@ def pack(
         made_here = [Value(piece.spec(n).dtype, shapes[n]) for n in piece.outputs]
         piece.packed = Packed(record, made_here, portions if len(portions) > 1 else (), flat)
         piece.fresh = fresh
+
+
+def _refuse_written(pieces: Sequence[Piece]) -> None:
+    """Each piece keeps its own buffers, where the whole network has one of a name."""
+    states = [{n for program in piece.programs.values() for n in program.state.values()} for piece in pieces]
+    for piece in pieces:
+        for name in sorted(set().union(*map(_written_state, piece.programs.values()))):
+            if sum(name in state for state in states) > 1:
+                raise CutError(
+                    f"`{name}` is written by one piece and used by another; cut where all its uses are in one"
+                )
 
 
 def _refuse_unreached(

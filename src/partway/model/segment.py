@@ -168,6 +168,24 @@ class Segment:
         return Segment(self.module, mine.dtype, mine.device)
 
 
+def shared(modules: Mapping[str, nn.Module]) -> list[dict[str, slice]]:
+    """Of each trained tensor that several pieces share: where it stands in the flat parameter of each, by name.
+
+    >>> one, other = nn.Linear(2, 3, bias=False), nn.Linear(2, 3)
+    >>> other.weight = one.weight
+    >>> shared({"bottom": nn.Sequential(nn.Linear(2, 2), one), "head": other})
+    [{'bottom': slice(6, 12, None), 'head': slice(0, 6, None)}]
+    """
+    places: dict[int, dict[str, slice]] = {}
+    for name, module in modules.items():
+        start = 0
+        for p in module.parameters():
+            if p.requires_grad:
+                places.setdefault(id(p), {})[name] = slice(start, start + p.numel())
+                start += p.numel()
+    return [found for found in places.values() if len(found) > 1]
+
+
 def standing_alone(modules: Sequence[nn.Module]) -> nn.ModuleList:
     """Copies of pieces that write into nothing that they are given; what they share, their copies share.
 

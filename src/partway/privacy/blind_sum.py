@@ -201,8 +201,8 @@ class ClearSum:
         return np.zeros(numbers, dtype)
 
     def unmask(self, turn: int, segment: str, total: Numbers, dtype: np.dtype) -> Numbers:
-        """The total as it is."""
-        return total
+        """The total as it is, in memory of its own: each copy's update may write into it."""
+        return total.copy()
 
 
 _OFFER = b"partway/sum/group/v1\0"

@@ -81,6 +81,7 @@ class Worker:
         draws: Callable[[int, int, Copy], int] | None = None,
         losses: Mapping[str, Loss] | None = None,
         half: torch.dtype | None = None,
+        tied: Sequence[Mapping[str, slice]] = (),
         device: torch.device | str = "cpu",
     ) -> None:
         self.plan, self.shapes, self.segments, self.source = plan, shapes, dict(segments), source
@@ -98,7 +99,7 @@ class Worker:
         self._better = better
         self.stays: bool | None = None
         """What a choice has come to here: whether what it was about has stayed."""
-        self._device, self._half = torch.device(device), half
+        self._device, self._half, self._tied = torch.device(device), half, tied
         self.loss: Loss = cross_entropy
         """The turn's divisor makes it a mean."""
         self._own_losses = dict(losses or {})
@@ -154,6 +155,8 @@ class Worker:
         """The norms of which the loss scale knows."""
         self._spoilt: set[Copy] = set()
         """The units that have made something in this turn that is not finite."""
+        self._met: set[Copy] = set()
+        """The units in which the gradients of tied weights have met."""
         if turn.fresh:
             self._optimizers = {key: made for key, made in self._optimizers.items() if key[0] != turn.optimizer}
             self._scales = {key: scale for key, scale in self._scales.items() if key[0] != turn.optimizer}
@@ -428,14 +431,37 @@ class Worker:
 
     # -- the norm of all gradients, and whether they are finite: a negative number says that they are not
 
+    def _sharing(self, unit: Copy) -> list[list[tuple[Copy, slice]]]:
+        """Of each weight that several segments of a unit share and train: where it stands in each."""
+        places = [
+            [(Copy(n, unit.lane), where) for n, where in of.items() if n in self._turn.train] for of in self._tied
+        ]
+        return [of for of in places if len(of) > 1 and all(copy in self.segments for copy, _ in of)]
+
+    def _meet(self, unit: Copy) -> None:
+        """The gradient of a weight that several segments share is that of all its uses; each steps it alike."""
+        if unit in self._met:
+            return
+        self._met.add(unit)
+        for places in self._sharing(unit):
+            found = [(self.segments[copy].gradient(), where) for copy, where in places]
+            parts = [gradient[where] for gradient, where in found if gradient is not None]
+            if len(parts) == len(found):
+                total = torch.stack(parts).sum(0)
+                for part in parts:
+                    part.copy_(total)
+
     def _square(self, unit: Copy, _: Sequence[Post]) -> None:
-        square = 0.0
+        self._meet(unit)
+        square, twice = 0.0, [place for places in self._sharing(unit) for place in places[1:]]
         for copy in squared(self.plan, self._turn, unit):
             gradient = self.segments[copy].gradient()
             if gradient is not None:
                 if self._what.get(copy.segment) != "gradient" and self._turn.scaled:
                     gradient.div_(self._scale(copy))  # a share was divided before it was summed
-                square += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+                for part in (gradient, *(gradient[where] for twin, where in twice if twin == copy)):
+                    own = float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
+                    square += own if part is gradient else -own  # one weight counts once
         if unit in self._spoilt or not math.isfinite(square):
             if not self._turn.scaled:
                 raise JobFailed("a gradient holds NaN or infinite numbers; lower the learning rate")
@@ -481,6 +507,7 @@ class Worker:
 
     def _update(self, unit: Copy, takes: Sequence[Post]) -> None:
         coefficient = self._rescale(unit, takes) if takes else 1.0
+        self._meet(unit)
         mine = [c for c in self.segments if c.lane == unit.lane and c.segment in self._turn.train]
         key = (self._turn.optimizer, unit, tuple(c.segment for c in mine))
         flats = [flat for c in mine if (flat := self.segments[c].flat) is not None]
