@@ -143,6 +143,27 @@ class Twice(nn.Module):
         return self.last(self.block(self.block(self.first(x))))
 
 
+class Cache:
+    """What a language model gives beside its scores, to go on from."""
+
+
+class Decoder(nn.Module):
+    """Angles of positions, which have no row for each record, go to all layers; and a parameter is used by nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.spare, self.last = nn.Embedding(11, 8), nn.Parameter(torch.ones(3)), nn.Linear(8, 11)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.register_buffer("speeds", torch.rand(8), persistent=False)
+
+    def forward(self, ids: Tensor) -> Any:
+        turned = (torch.arange(ids.shape[1])[:, None] * self.speeds).cos()
+        x = self.tokens(ids)
+        for layer in self.layers:
+            x = x + layer(x * turned).tanh()
+        return {"scores": self.last(x), "cache": Cache()}
+
+
 def example(seed: int, *shape: int, below: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, below, shape, generator=generator) if below else torch.randn(*shape, generator=generator)
@@ -172,6 +193,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], list[str], 
     "gru": (lambda: Series(nn.GRU), example(7, 5, 2, 90), {}, ["stem", "memory"], {}),
     "block": (Block, example(8, 5, 6), {}, ["a", "b"], {}),
     "twice": (Twice, example(9, 5, 4), {}, ["first", "block#1"], {}),
+    "decoder": (Decoder, example(10, 5, 7, below=11), {}, ["tokens", "layers.1"], {}),
 }
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -406,6 +428,13 @@ def test_a_write_that_would_be_lost() -> None:
     x = example(1, 5, 4)
     refused("writes in place .* what shares its memory is read elsewhere too", Writes(True), x, ["second"])
     cut(Writes(False), x, ["second"])
+
+
+def test_what_is_made_of_fixed_buffers_is_made_where_it_is_needed() -> None:
+    network, pieces, *_ = pieces_of("decoder")
+    assert [len(piece.inputs) for piece in pieces] == [1, 1, 2]  # the residual and the layer, and no angles
+    network.speeds = nn.Parameter(network.speeds)
+    refused("what .* makes .* does not have one row for each record", network, CASES["decoder"][1], ["layers.1"])
 
 
 def test_what_has_no_row_for_each_record() -> None:

@@ -20,6 +20,8 @@ class Terms:
     called: bool = False
     """One module twice, and not two with a weight in common."""
     normalised: bool = False
+    drawn: bool = False
+    """A buffer that two pieces use."""
 
 
 class Norm(nn.Module):
@@ -42,6 +44,7 @@ class Tied(nn.Module):
         inputs = terms.inputs
         self.first, self.bend, self.rows = nn.Sequential(nn.Linear(inputs, 8)), nn.Tanh(), nn.Embedding(8, 8)
         self.middle, self.again, self.last = nn.Linear(8, inputs), nn.Linear(inputs, 8), nn.Linear(8, 3)
+        self.register_buffer("speeds", torch.rand(8) if terms.drawn else torch.linspace(0.5, 1, 8))
         if terms.normalised:
             self.first.append(Norm())
         if not terms.called:
@@ -52,8 +55,9 @@ class Tied(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         one = self.first(x)
         largest, one = one.argmax(1), self.bend(one)
-        two = self.middle(one + self.rows(largest))
-        scores: Tensor = self.last(self.again(two.tanh()).tanh())
+        turned = self.speeds.cos()
+        two = self.middle(one * turned + self.rows(largest))
+        scores: Tensor = self.last(self.again(two.tanh()).tanh() * turned)
         return scores
 
 

@@ -183,6 +183,7 @@ def network_of(
                 f"Cox's loss of {target.name} needs a step's records in one place and at once: not in a U-shape, in "
                 "micro_batch or where each site trains by itself; give the target `intervals`, for discrete time"
             )
+    _refuse_frozen_apart(job, plan, network)
     if job.concatenates:
         network = concatenated(network, plan.sites, policy)
     pieces: dict[str, Piece] = {}
@@ -212,6 +213,20 @@ def network_of(
         network.modules[EMBEDDING] = SiteVector(layer).to(dtype)
         pieces[EMBEDDING], _ = measure(network.modules[EMBEDDING], network.outputs[STEM], first=False, half=half)
     return Parts(**vars(network), pieces=pieces)
+
+
+def _refuse_frozen_apart(job: Job, plan: Plan, network: Network) -> None:
+    """Each party would draw another, and no step would bring them together."""
+    seen: dict[int, str] = {}
+    for name, module in network.modules.items():
+        for path, parameter in module.named_parameters():
+            other = seen.setdefault(id(parameter), name)
+            if parameter.requires_grad or plan[name].at == plan[other].at or {name, other} <= job.weights.keys():
+                continue
+            raise ConfigError(
+                f"`{path}` is frozen, and the {other} and the {name} use it, at two parties: give both their weights, "
+                f"[network.weights] {other} and {name}"
+            )
 
 
 def by_party(plan: Plan, schema: Schema | Schemas) -> Schemas:

@@ -19,8 +19,9 @@ from partway.config import LANED, Job, JobNetwork, Policy
 from partway.data.records import Schema
 from partway.errors import ConfigError, CutError, Refused, UsageError
 from partway.model.adapters import with_adapters
-from partway.model.cut import cut, pack
+from partway.model.cut import Piece, cut
 from partway.model.norm import with_group_norm
+from partway.model.pack import pack
 from partway.model.recipe import build
 from partway.model.segment import shared
 from partway.model.sequence import first_dense
@@ -167,6 +168,9 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas, shipped: Shipp
         example = torch.randn(4, *shape, generator=generator).to(dtype)
         pieces = cut(whole, example, cuts_of(job, whole), owned(plan), terms.may_cross)
         pack(pieces, example, lambda: network_of_terms(terms, policy), plan.nets, job.skips)
+        for piece in pieces:
+            for name in piece.idle if isinstance(piece, Piece) else ():
+                piece.get_parameter(name).requires_grad_(False)  # no step moves it, and no weight decay
         modules.update(zip(plan.nets, pieces, strict=True))
     else:
         _check_names(job, plan)

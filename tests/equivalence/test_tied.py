@@ -12,7 +12,7 @@ from torch import nn
 
 from federations import difference, job_of, pooled, records_of, same_bits_in_any_order, small
 from partway import equality, pki
-from partway.errors import CutError, Refused, UsageError
+from partway.errors import ConfigError, CutError, Refused, UsageError
 from partway.model.recipe import build
 from partway.plan.plan import Copy
 from partway.plan.schedules import LEGAL
@@ -99,6 +99,32 @@ def test_across_parties_it_is_refused_by_name() -> None:
 def test_what_one_writes_and_both_use_is_refused() -> None:
     with pytest.raises(CutError, match=r"`first.1.mean` is written by one piece and used by another"):
         small(job(None, {"called": True, "normalised": True}))
+
+
+def test_a_buffer_that_each_party_would_draw_is_refused() -> None:
+    """One that comes out the same everywhere may be used by all, as in the tests above."""
+    with pytest.raises(CutError, match="`speeds` is drawn at random and used by several pieces"):
+        small(job(None, {"drawn": True}))
+
+
+def test_a_frozen_weight_of_two_parties_comes_from_a_file(tmp_path: Path) -> None:
+    """Each would draw its own, and nothing would ever bring them together."""
+    lora = {"modules": ["middle"], "rank": 2}
+    network = {"build": "tied_network:tied", "arguments": {}, "cut": CUT[:1], "lora": lora}
+
+    def terms(weights: dict[str, str]) -> Any:
+        return job_of({"network": {**network, "weights": weights}}, optimizer=ADAM)
+
+    with pytest.raises(ConfigError, match=r"`first.0.weight` is frozen, and the bottom and the trunk use it"):
+        small(terms({}))
+    elsewhere = build("tied_network:tied", {}, ["tied_network:tied"], 10_000).double()
+    save_file({n: t.clone() for n, t in elsewhere.state_dict().items()}, tmp_path / "whole.safetensors")
+    parts = split(terms({}), SCHEMAS, tmp_path / "whole.safetensors", tmp_path / "weights")
+    whole = small(terms({part.segment: part.digest for part in parts}), weights=tmp_path / "weights")
+    whole.run()
+    held = {c.segment: s.tensors() for a in whole.parties.values() for c, s in a.party.worker.segments.items()}
+    for name in ("bottom", "trunk"):
+        assert torch.equal(held[name]["first.0.weight"], elsewhere.first[0].weight)
 
 
 def test_weights_of_elsewhere_are_given_to_both(tmp_path: Path) -> None:

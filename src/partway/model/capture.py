@@ -200,6 +200,7 @@ def _capture(network: nn.Module, call: Call) -> Captured:
     programs = []
     for train in (True, False):
         mine = copied(network).train(train)
+        mine.register_forward_hook(_values)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             try:
@@ -211,6 +212,12 @@ def _capture(network: nn.Module, call: Call) -> Captured:
                 raise CutError(_why(network, error)) from error
         programs.append(_program(mine, module, exported, constants))
     return Captured(programs[0], programs[1], constants)
+
+
+def _values(module: nn.Module, args: Any, output: Any) -> Any:
+    """What a network gives, without what holds no value for a record, such as a language model's cache."""
+    kinds = Tensor | bool | int | float | str
+    return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, kinds) or leaf is None else None, output)
 
 
 def copied(network: nn.Module) -> nn.Module:

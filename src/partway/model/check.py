@@ -94,8 +94,9 @@ def _compare(
         raise CutError(f"the network fails on the example {mode}: {_line(error)}") from error
     if not expected or not all(t.isfinite().all() for t in expected):
         raise CutError(f"the network's output on the example is not one of finite numbers {mode}")
+    idle = {name for piece in pieces for name in getattr(piece, "idle", ())}
     for name, p in whole.named_parameters() if train else ():
-        if p.requires_grad and p.grad is None:
+        if p.requires_grad and p.grad is None and name not in idle:
             raise CutError(f"`{name}` gets no gradient; freeze it (requires_grad_(False)) or take it out")
     torch.default_generator.manual_seed(0)
     named = dict(zip(names, call.tensors, strict=True))
@@ -106,7 +107,7 @@ def _compare(
         _same("the output" if len(made) == 1 else f"output {number}", own, other, mode)
     for piece in pieces:
         for name, p in piece.named_parameters():
-            if train and p.requires_grad:
+            if train and p.requires_grad and name not in idle:
                 _same(f"the gradient of `{name}`", whole.get_parameter(name).grad, p.grad, mode)
         known = dict(whole.named_buffers())
         for name, buffer in piece.named_buffers() if buffers else ():

@@ -24,22 +24,20 @@ import contextlib
 import difflib
 import functools
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import torch
 from torch import Tensor, nn
 
 from partway.errors import CutError
-from partway.model import operators
 from partway.model.cache import captured, note, seen
-from partway.model.capture import Call, Captured, call_of, copied
-from partway.model.check import check, tensors_of
-from partway.model.partition import Crossing, Facts, divide, end_of, facts
-from partway.model.piece import Packed, Piece
-from partway.model.program import DTYPES, Program, Value, references, renamed
+from partway.model.capture import Call, Captured, call_of
+from partway.model.check import check
+from partway.model.partition import Crossing, Facts, divide, end_of, facts, written_state
+from partway.model.piece import Piece
+from partway.model.program import Program, renamed
 from partway.model.sequence import Slice, as_sequence, is_sequence, places, sliceable, slices
 
 __all__ = ["Piece", "Slice", "cut", "places"]
@@ -131,81 +129,6 @@ def as_piece(module: nn.Module, example: Tensor) -> Piece:
     pieces = Whole(module, programs).pieces([], (), ())
     check(module, pieces, call, programs.training.inputs, [0])
     return pieces[0]
-
-
-def pack(
-    pieces: Sequence[Piece | Slice],
-    example: Tensor,
-    fresh: Callable[[], nn.Module],
-    names: Sequence[str] = (),
-    skips: Sequence[tuple[str, str]] = (),
-) -> None:
-    """Makes captured pieces what parties run: one tensor comes from each other, and one goes out.
-
-    Args:
-        example: as in `cut`, shape (records, ...); sizes of what crosses are those that it leads to.
-        fresh: builds the whole network anew.
-        names: of the pieces.
-        skips: from which piece to which, beside the next, values go.
-
-    Raises:
-        CutError: a piece uses what it does not get, or what cannot stand in one tensor.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    own = [piece for piece in pieces if isinstance(piece, Piece)]
-    _refuse_written(own)
-    maker = {name: number for number, piece in enumerate(own) for name in piece.outputs}
-    given = [(names.index(source), names.index(target)) for source, target in skips]
-    ways = [*itertools.pairwise(range(len(own))), *given]
-    for number, piece in enumerate(own[1:], 1):
-        sources = [source for source, target in ways if target == number]
-        _refuse_unreached(own, number, maker, sources, names)
-        piece.takes([name for source in sources for name in own[source].outputs if name in piece.inputs])
-    used = {(s, t): [n for n, name in enumerate(own[s].outputs) if name in own[t].inputs] for s, t in ways if own}
-    for (source, target), (one, other) in zip(skips, given, strict=True):
-        if not used.get((one, other)):
-            raise CutError(f"the {target} uses nothing that the {source} makes; leave the skip out")
-    for number, piece in enumerate(own):
-        kinds = [DTYPES[piece.spec(name).dtype] for name in piece.inputs]
-        taken = [
-            torch.zeros(2, *shapes[name], dtype=kind) if number else example[:2]
-            for name, kind in zip(piece.inputs, kinds, strict=True)
-        ]
-        with torch.no_grad():
-            made = tensors_of(copied(piece).eval()(*taken))
-        shapes |= {name: tuple(tensor.shape[1:]) for name, tensor in zip(piece.outputs, made, strict=True)}
-        record = [Value(piece.spec(n).dtype, tuple(g.shape[1:])) for n, g in zip(piece.inputs, taken, strict=True)]
-        portions = [used[number, target] for source, target in ways if source == number]
-        flat = any(sum(t == target for _, t in ways) > 1 for source, target in ways if source == number)
-        made_here = [Value(piece.spec(n).dtype, shapes[n]) for n in piece.outputs]
-        piece.packed = Packed(record, made_here, portions if len(portions) > 1 else (), flat)
-        piece.fresh = fresh
-
-
-def _refuse_written(pieces: Sequence[Piece]) -> None:
-    """Each piece keeps its own buffers, where the whole network has one of a name."""
-    states = [{n for program in piece.programs.values() for n in program.state.values()} for piece in pieces]
-    for piece in pieces:
-        for name in sorted(set().union(*map(_written_state, piece.programs.values()))):
-            if sum(name in state for state in states) > 1:
-                raise CutError(
-                    f"`{name}` is written by one piece and used by another; cut where all its uses are in one"
-                )
-
-
-def _refuse_unreached(
-    pieces: Sequence[Piece], number: int, maker: Mapping[str, int], sources: Sequence[int], names: Sequence[str]
-) -> None:
-    """A piece uses nothing but what comes from these."""
-    far = {name: maker.get(name) for name in pieces[number].inputs if maker.get(name) not in sources}
-    if not far:
-        return
-    skips = [f"'{names[s]} -> {names[number]}'" for s in dict.fromkeys(far.values()) if s is not None and names]
-    let = f", or let them pass: [training] skips = [{', '.join(skips)}]" if skips and None not in far.values() else ""
-    raise CutError(
-        f"{', '.join(f'`{name}`' for name in far)} would pass by a party; cut where a piece uses only what the one "
-        f"before it makes{let}"
-    )
 
 
 @dataclass(frozen=True)
@@ -321,13 +244,16 @@ class Whole:
 
     @functools.cached_property
     def _facts(self) -> dict[bool, Facts]:
-        parameters = {name for name, _ in self.network.named_parameters()}
-        return {train: facts(self.captured.mode(train), parameters) for train in (True, False)}
+        parameters = {name for name, _ in self.network.named_parameters(remove_duplicate=False)}
+        both = [self.captured.mode(train) for train in (True, False)]
+        written = set().union(*map(written_state, both))
+        fixed = {name for program in both for name in program.state.values()} - parameters - written
+        return {train: facts(program, parameters, fixed) for train, program in zip((True, False), both, strict=True)}
 
     def _refuse_shared(self, modes: Sequence[Sequence[Program]], groups: Sequence[int]) -> None:
         """One tensor that two pieces would train or write belongs to one optimiser."""
         trained = {name for name, p in self.network.named_parameters() if p.requires_grad}
-        written = {n for parts in modes for part in parts for n in _written_state(part)}
+        written = {n for parts in modes for part in parts for n in written_state(part)}
         users: dict[str, set[int]] = {}
         for parts in modes:
             for number, part in enumerate(parts):
@@ -405,17 +331,6 @@ def _aliases(network: nn.Module) -> dict[str, list[str]]:
     for name, tensor in _tensors(network):
         names.setdefault(first.setdefault(id(tensor), name), []).append(name)
     return names
-
-
-def _written_state(program: Program) -> set[str]:
-    """Names of the state that a program writes."""
-    found: set[str] = set()
-    for node in program.nodes:
-        written = set(references(operators.written(node.operator, node.args, node.kwargs)))
-        if operators.keeps_statistics(node.operator, node.args):
-            written |= set(references(node.args[3:5]))
-        found |= {program.state[value] for value in written if value in program.state}
-    return found
 
 
 def _refuse_raw(

@@ -1,7 +1,8 @@
 """Where a program can be cut, what crosses there, and the programs of the pieces.
 
 A program's nodes run one after the other; a cut lies between two of them. A value that is made before it and used
-behind it crosses. Sizes and what is made of them alone are made again where they are needed.
+behind it crosses. Sizes, and what is made of them and of buffers that stay as they are, as angles of positions are, is
+made again where it is needed.
 """
 
 from __future__ import annotations
@@ -27,23 +28,25 @@ class Facts:
     inputs: Mapping[str, frozenset[str]]
     """Inputs that have had a part in a value."""
     numbers: frozenset[str]
-    """Sizes, and what hangs on sizes and fixed numbers alone."""
+    """Sizes, and what hangs on sizes, fixed numbers and fixed buffers alone."""
     rows: str | int
     """The symbol that stands for the number of records."""
     uses: Mapping[str, tuple[str, ...]]
     """The values that a node uses."""
 
 
-def facts(program: Program, parameters: Collection[str]) -> Facts:
+def facts(program: Program, parameters: Collection[str], fixed: Collection[str] = ()) -> Facts:
     """What each value hangs on.
 
     Args:
         parameters: names of what in the program's state is a parameter.
+        fixed: names of what in it neither is trained nor written.
     """
     weighted = {value for value, name in program.state.items() if name in parameters}
     inputs: dict[str, frozenset[str]] = {name: frozenset([name]) for name in program.inputs}
     maker: dict[str, int] = {}
     numbers: set[str] = set()
+    known = {value for value, name in program.state.items() if name in fixed}
     uses = {node.name: tuple(references(node)) for node in program.nodes}
     for place, node in enumerate(program.nodes):
         used = uses[node.name]
@@ -52,7 +55,7 @@ def facts(program: Program, parameters: Collection[str]) -> Facts:
             weighted.add(node.name)
         value = program.values.get(node.name)
         number = value is not None and value.dtype in ("int", "float", "bool") and not value.tensor
-        plain = all(u in numbers for u in used) and not operators.find(node.operator).random
+        plain = all(u in numbers or u in known for u in used) and not operators.find(node.operator).random
         if (number and node.operator != "py.getitem") or (plain and not operators.lasting(node.operator, node.args)):
             numbers.add(node.name)
         else:
@@ -60,6 +63,17 @@ def facts(program: Program, parameters: Collection[str]) -> Facts:
     first = next((program.values[name] for name in program.inputs if program.values[name].shape), Value("tuple"))
     rows = first.shape[0] if first.shape else 0
     return Facts(maker, frozenset(weighted), inputs, frozenset(numbers), rows, uses)
+
+
+def written_state(program: Program) -> set[str]:
+    """Names of the state that a program writes."""
+    found: set[str] = set()
+    for node in program.nodes:
+        written = set(references(operators.written(node.operator, node.args, node.kwargs)))
+        if operators.keeps_statistics(node.operator, node.args):
+            written |= set(references(node.args[3:5]))
+        found |= {program.state[value] for value in written if value in program.state}
+    return found
 
 
 def end_of(program: Program, path: str) -> int:

@@ -174,6 +174,12 @@ class Piece(nn.Module):
                 return node.path or "batch_norm"
         return None
 
+    @property
+    def idle(self) -> list[str]:
+        """Parameters that nothing in training uses, and that so get no gradient."""
+        used = {id(self._find(name)) for name in self.programs[True].state.values()}
+        return [name for name, parameter in self.named_parameters() if id(parameter) not in used]
+
     def forward(self, *values: Any) -> Any:
         """Runs the program of the mode that the piece is in.
 
