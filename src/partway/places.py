@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from partway.blueprint import DTYPES, configured, cuts_of, network_of_terms, owned
 from partway.config import Job, of_any_size
 from partway.data.records import Schema
-from partway.errors import CutError, UsageError
+from partway.errors import UsageError
 from partway.model.cache import captured
 from partway.model.capture import call_of
 from partway.model.cut import Whole
@@ -105,14 +105,22 @@ def survey(job: Job, schema: Schema) -> Survey:
     dtype = DTYPES[job.training.dtype]
     whole = network_of_terms(job.network, allowed).to(dtype)
     example = torch.randn(4, *schema.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    places, after = cuts(whole, example, may_cross=job.network.may_cross), cuts_of(job, whole)
+    places = cuts(whole, example, may_cross=job.network.may_cross)
     known = {path: number for number, place in enumerate(places) for path in (place.after, *place.others)}
-    marks = [known[path] for path in after if path in known]
-    if together := owned(plan):  # what no two parties may share, the pieces of one may
-        with contextlib.suppress(CutError):
-            Whole(whole, captured(whole, call_of(example))[0]).pieces(after, together, job.network.may_cross)
-            places = [replace(place, why_not="") if n in marks else place for n, place in enumerate(places)]
+    marks = [known[path] for path in cuts_of(job, whole) if path in known]
+    if owned(plan) and len(marks) == len(plan.nets) - 1:
+        held, may_cross = Whole(whole, captured(whole, call_of(example))[0]), job.network.may_cross
+        places = [_moved(held, plan, places, marks, number, may_cross) for number in range(len(places))]
     return Survey(job, places, [(name, _party(plan, name)) for name in plan.nets], marks, has_batchnorm(whole))
+
+
+def _moved(
+    whole: Whole, plan: Plan, places: list[Place], marks: list[int], number: int, may_cross: Collection[str]
+) -> Place:
+    """A place as the job's nearest cut would find it there: what no two parties may share, the pieces of one may."""
+    nearest = min(marks, key=lambda mark: abs(mark - number))
+    after = [places[n].after for n in sorted({*marks} - {nearest} | {number})]
+    return replace(places[number], why_not=whole.look(after, owned(plan), may_cross)[1])
 
 
 def _party(plan: Plan, name: str) -> str:

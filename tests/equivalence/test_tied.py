@@ -14,6 +14,7 @@ from federations import difference, job_of, pooled, records_of, same_bits_in_any
 from partway import equality, pki
 from partway.errors import ConfigError, CutError, Refused, UsageError
 from partway.model.recipe import build
+from partway.places import survey
 from partway.plan.plan import Copy
 from partway.plan.schedules import LEGAL
 from partway.pretrained import split
@@ -90,10 +91,22 @@ def test_in_half_precision_too_and_in_any_order_of_delivery() -> None:
     assert all(torch.equal(one, other) for one, other in tied(whole, "b"))
 
 
+def test_a_plan_knows_whose_pieces_are_whose() -> None:
+    """Each place as the nearest cut of the job would find it there; and in two pieces, of two parties."""
+    u_shaped, two = ({p.after: p.why_not for p in survey(j, SCHEMAS["a"]).places} for j in (job(), vanilla()))
+    assert not any(u_shaped[path] for path in ("first", "bend", "middle"))
+    for why in (two["bend"], two["middle"], u_shaped["again"]):
+        assert "`first.0.weight` and `again.weight` are one tensor" in why
+
+
+def vanilla(**network: Any) -> Any:
+    network = {"build": "tied_network:tied", "arguments": {}, "cut": CUT[:1], **network}
+    return job_of({"network": network}, optimizer=ADAM)
+
+
 def test_across_parties_it_is_refused_by_name() -> None:
-    network = {"build": "tied_network:tied", "arguments": {}, "cut": CUT[:1]}
     with pytest.raises(CutError, match=r"`first.0.weight` and `again.weight` are one tensor, and the cut parts"):
-        small(job_of({"network": network}, optimizer=ADAM))
+        small(vanilla())
 
 
 def test_what_one_writes_and_both_use_is_refused() -> None:
@@ -109,11 +122,9 @@ def test_a_buffer_that_each_party_would_draw_is_refused() -> None:
 
 def test_a_frozen_weight_of_two_parties_comes_from_a_file(tmp_path: Path) -> None:
     """Each would draw its own, and nothing would ever bring them together."""
-    lora = {"modules": ["middle"], "rank": 2}
-    network = {"build": "tied_network:tied", "arguments": {}, "cut": CUT[:1], "lora": lora}
 
     def terms(weights: dict[str, str]) -> Any:
-        return job_of({"network": {**network, "weights": weights}}, optimizer=ADAM)
+        return vanilla(lora={"modules": ["middle"], "rank": 2}, weights=weights)
 
     with pytest.raises(ConfigError, match=r"`first.0.weight` is frozen, and the bottom and the trunk use it"):
         small(terms({}))

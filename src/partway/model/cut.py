@@ -180,19 +180,22 @@ class Whole:
         _refuse_without_rows(program, known, crossings)
         return parts, crossings
 
-    def look(self, path: str, may_cross: Collection[str] = ()) -> tuple[list[Crossing], str]:
-        """What crosses in training where the network is cut in two there; and why that may not be, or nothing."""
+    def look(
+        self, after: Sequence[str], together: Sequence[Collection[int]] = (), may_cross: Collection[str] = ()
+    ) -> tuple[list[Crossing], str]:
+        """What crosses in training where the network is cut there; and why that may not be, or nothing."""
         crossings: list[Crossing] = []
+        groups = _groups(together, len(after) + 1)
         try:
-            training, crossings = self._divided(True, [path], [0, 1], may_cross)
-            evaluation, others = self._divided(False, [path], [0, 1], may_cross)
-            self._refuse_shared([training, evaluation], [0, 1])
+            training, crossings = self._divided(True, after, groups, may_cross)
+            evaluation, others = self._divided(False, after, groups, may_cross)
+            self._refuse_shared([training, evaluation], groups)
             _names(self.captured, crossings, others)
         except CutError as error:
             if not crossings:
                 with contextlib.suppress(CutError):
                     program = self.captured.training
-                    _, crossings = divide(program, [self.mark(program, path)], self._facts[True])
+                    _, crossings = divide(program, [self.mark(program, path) for path in after], self._facts[True])
             return crossings, str(error)
         return crossings, ""
 
@@ -200,10 +203,10 @@ class Whole:
         """The legal cut that is nearest to the first that is none."""
         paths = self.paths
         for path in after:
-            if path in paths and self.look(path, may_cross)[1]:
+            if path in paths and self.look([path], (), may_cross)[1]:
                 place = paths.index(path)
                 for other in sorted(paths, key=lambda p: abs(paths.index(p) - place)):
-                    if not self.look(other, may_cross)[1]:
+                    if not self.look([other], (), may_cross)[1]:
                         return f"; the nearest legal cut is after `{other}`"
                 return "; there is no legal cut"
         return ""

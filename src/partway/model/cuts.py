@@ -115,7 +115,7 @@ def cuts(
     users = _users(program, sorted(ends))
     for number, (mark, paths) in enumerate(sorted(ends.items())):
         after, *others = sorted(paths, key=lambda path: (path.count("."), path))
-        found, why_not = whole.look(after, may_cross)
+        found, why_not = whole.look([after], (), may_cross)
         crosses = tuple(
             Crosses(
                 name=makers.get(crossing.value, crossing.value) or "network",
