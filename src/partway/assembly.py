@@ -437,14 +437,14 @@ def assemble(
 def _refuse_untied(me: str, tied: Sequence[Mapping[str, slice]], segments: Mapping[Copy, Segment]) -> None:
     """What segments share begins alike at all of them."""
     for places in tied:
-        (first, where), *others = places.items()
+        found: dict[str, tuple[str, Tensor]] = {}
         for copy, segment in segments.items():
-            for name, there in others if copy.segment == first else ():
-                if (other := segments.get(Copy(name, copy.lane))) is None:
-                    continue
-                if not torch.equal(segment.weights()[where], other.weights()[there]):
-                    words = f"the {first} and the {name} share a weight, and [weights] gives them two; name both files"
-                    refuse(me, [Objection(Reason.WEIGHTS, words)])
+            if copy.segment in places:
+                weight = segment.weights()[places[copy.segment]]
+                first, expected = found.setdefault(copy.lane, (copy.segment, weight))
+                if not torch.equal(weight, expected):
+                    words = f"the {first} and the {copy.segment} share a weight; give both their files, or none"
+                    refuse(me, [Objection(Reason.WEIGHTS, f"[network.weights]: {words}")])
 
 
 def _weights(classes: Classes, worker: Worker) -> Tensor:

@@ -153,7 +153,9 @@ def test_weights_of_elsewhere_are_given_to_both(tmp_path: Path) -> None:
     ((one, other),) = tied(begun(*weights), "b")
     assert torch.equal(one.view(8, 6), held["first.0.weight"])
     assert torch.equal(one, other)
-    with pytest.raises(Refused, match=r"the bottom and the head share a weight, .* name both files") as refused:
+    with pytest.raises(
+        Refused, match=r"the bottom and the head share a weight; give both their files, or none"
+    ) as refused:
         begun("bottom")
     assert refused.value.reasons == ("WEIGHTS",)
 
