@@ -25,9 +25,9 @@ def job(cut: list[str], more: dict[str, Any] | None = None, **training: Any) -> 
     return job_of({"network": network}, optimizer=ADAM, **training)
 
 
-def skipping(skips: list[str], **training: Any) -> Any:
+def skipping(skips: list[str], network: dict[str, Any] | None = None, **training: Any) -> Any:
     """A network of which the head uses something of the bottom."""
-    network = {"build": "skipping_network:skipping", "arguments": {}, "cut": ["aside", "third"]}
+    network = {"build": "skipping_network:skipping", "arguments": {}, "cut": ["aside", "third"], **(network or {})}
     terms = {"configuration": "u_shaped", "optimizer": ADAM, "skips": skips, **training}
     return job_of({"network": network}, **terms)
 
@@ -67,6 +67,24 @@ def test_values_pass_by_a_party(training: dict[str, Any]) -> None:
     assert [shapes.record(*pair) for pair in crossing] == [(8,), (2,), (4 + 5,)]
     cost, told = result_of(whole.parties["a"], 0.0).cost["a"], forecast_of(whole.job, SCHEMA, SIZES_IN_PARTS)
     assert (cost.bytes_up, cost.bytes_down) == (told["a"].bytes_up, told["a"].bytes_down)
+
+
+def test_records_stay_at_their_site_for_the_head_and_go_to_the_server_only_if_the_job_says_so() -> None:
+    raw: dict[str, Any] = {"arguments": {"raw": True}}
+    whole = small(skipping(["bottom -> head"], raw))
+    whole.run()
+    assert difference(whole, pooled(whole)[0]) < 1e-10
+    shapes = whole.parties["server"].party.worker.shapes
+    assert [shapes.record("bottom", target) for target in ("trunk", "head")] == [(8,), (2 + 6,)]
+    with pytest.raises(CutError, match=r"`x`, `aside:0` would pass by a party; .* skips = \['bottom -> head'\]"):
+        small(skipping([], raw))
+    two: dict[str, Any] = {**raw, "cut": ["third"]}
+    with pytest.raises(CutError, match="`x`, an input, would reach another party"):
+        small(skipping([], two, configuration="vanilla"))
+    whole = small(skipping([], {**two, "may_cross": ["x"]}, configuration="vanilla"))
+    whole.run()
+    assert difference(whole, pooled(whole)[0]) < 1e-10
+    assert difference(whole, pooled(whole, other_order=True)[0]) > 1e-4
 
 
 def test_what_would_pass_by_a_party_is_refused_or_let_pass() -> None:

@@ -40,6 +40,9 @@ def pack(
     own = [piece for piece in pieces if isinstance(piece, Piece)]
     _refuse_written(own)
     _refuse_drawn(own, fresh)
+    for name in own[0].inputs if own else ():
+        if any(name in piece.inputs for piece in own[1:]):
+            own[0].passes(name)
     maker = {name: number for number, piece in enumerate(own) for name in piece.outputs}
     given = [(names.index(source), names.index(target)) for source, target in skips]
     ways = [*itertools.pairwise(range(len(own))), *given]

@@ -145,6 +145,20 @@ class Piece(nn.Module):
         self.programs = {train: msgspec.structs.replace(p, inputs=tuple(inputs)) for train, p in self.programs.items()}
         self.inputs = tuple(inputs)
 
+    def passes(self, name: str) -> None:
+        """It puts out one of its inputs, too, for a later piece.
+
+        Raises:
+            CutError: it writes into it.
+        """
+        if any(name in run.written for run in self._runs.values()):
+            raise CutError(f"`{name}` is written in place before another piece uses it; write out of place")
+        self.outputs = (*self.outputs, name)
+        for mode, program in self.programs.items():
+            made = tuple(Ref(output) for output in self.outputs)
+            self.programs[mode] = msgspec.structs.replace(program, outputs=made, keys=())
+            self._runs[mode] = _compiled(self.programs[mode])
+
     def _keep(self, name: str, tensor: Tensor, persistent: bool) -> None:
         owner: nn.Module = self
         *above, leaf = name.split(".")
