@@ -499,7 +499,7 @@ def test_a_site_ends_in_the_middle(three: tuple[LocalFederation, str], how: sign
     began = time.monotonic()
     running.processes["svhc"].popen.send_signal(how)
     status = ended(running, number)
-    assert time.monotonic() - began < 3 + 3
+    assert time.monotonic() - began < 15  # on a busy machine; 30 s of silence are the default
     assert (status["state"], status["exit_code"]) == ("failed", 1)
     assert status["message"].startswith(
         "svhc gave up: STOPPED" if how == signal.SIGTERM else "svhc: its connection is gone"

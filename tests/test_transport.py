@@ -383,7 +383,7 @@ def test_a_silent_site_is_noticed_and_an_idle_one_is_not(tmp_path: Path) -> None
         site.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         assert "gone, or was silent for 2 s" in serving.driver.lost_for.get(timeout=20)
-        assert time.monotonic() - began < 2 * silence
+        assert time.monotonic() - began < 5 * silence  # on a busy machine; without pings it would be never
     finally:
         site.kill()
         site.wait()
