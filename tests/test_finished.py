@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from partway.cli import app
 from partway.config import read_job
 from partway.data import sets, table
-from partway.errors import DataError, Refused, UsageError
+from partway.errors import DataError, JobFailed, Refused, UsageError
 from partway.finished import Finished, export, load, predict
 from partway.local import toml
+from partway.report import Result
 from partway.simulation import simulate
 
 WORDS = {
@@ -53,6 +54,17 @@ def va(tmp_path: Path, change: str = "") -> Path:
     plain = path.with_name("va.csv")
     plain.write_text("\n".join([lines[0], change or lines[1], *lines[2:]]) + "\n")
     return plain
+
+
+def test_the_result_is_there_only_where_the_weights_are(tmp_path: Path) -> None:
+    result = Result({}, "va", weights={"bias": torch.ones(2)})
+    in_the_way = tmp_path / "segments.safetensors.part"
+    in_the_way.mkdir()
+    with pytest.raises(JobFailed, match=r"segments.safetensors cannot be written"):
+        result.write(tmp_path)
+    assert list(tmp_path.iterdir()) == [in_the_way]
+    in_the_way.rmdir()
+    assert {path.name for path in result.write(tmp_path)} == {"result.json", "segments.safetensors"}
 
 
 def test_predictions_are_those_that_the_job_was_scored_by(run: Path, tmp_path: Path) -> None:

@@ -70,20 +70,21 @@ class Result:
 
         Or predictions: `predictions.csv`, or a file for each of several targets, `predictions-TARGET.csv`.
 
-        Each file is written whole or not at all; raises `JobFailed` if the disk does not take it.
+        Each file is written whole or not at all, and `result.json` last: where it is, the others are. Raises
+        `JobFailed` if the disk does not take them.
         """
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / "result.json"]
-        write_whole(files[0], json.dumps(self.words(), indent=2).encode())
         if self.weights:
             files.append(folder / ("network.safetensors" if self.whole else "segments.safetensors"))
             metadata = {"job": json.dumps(self.job), "scaling": json.dumps(self.scaling)}
             contiguous = {name: tensor.contiguous() for name, tensor in self.weights.items()}
-            write_whole(files[1], save(contiguous, metadata=metadata))
+            write_whole(files[-1], save(contiguous, metadata=metadata))
         for target, text in self.predictions.items():
             several = f"-{target}" if len(self.predictions) > 1 else ""
             files.append(folder / f"predictions{several}.csv")
             write_whole(files[-1], text.encode())
+        write_whole(files[0], json.dumps(self.words(), indent=2).encode())
         return files
 
 
