@@ -41,7 +41,7 @@ from partway.plan.private import EMBEDDING, OWN, SHARED, STEM
 from partway.plan.rate import Rate
 from partway.plan.schedules import SCHEDULES, every_party
 from partway.policy import Objection, judge_groups, judge_job, judge_turns, refuse
-from partway.pretrained import take
+from partway.pretrained import refuse_untied, take
 from partway.protocol.messages import Reason
 from partway.protocol.net import compile
 from partway.report import Left, read_left
@@ -369,7 +369,7 @@ def assemble(
     for copy, segment in segments.items():
         if copy.segment in job.weights:
             take(place.weights, segment, copy.segment, job.weights[copy.segment])
-    _refuse_untied(me, tied, segments)
+    refuse_untied(tied, segments)
     left = take_left(place.earlier, job, network, segments) if job.predict and segments else None
     ledger = Ledger(
         place.folder / "ledger.jsonl" if place.folder else None, derived(secret, "ledger"), place.identity.sign
@@ -432,19 +432,6 @@ def assemble(
     return Assembled(
         party=party, job=job, plan=plan, network=network, targets=targets, ledger=ledger, evaluations=evaluations
     )
-
-
-def _refuse_untied(me: str, tied: Sequence[Mapping[str, slice]], segments: Mapping[Copy, Segment]) -> None:
-    """What segments share begins alike at all of them."""
-    for places in tied:
-        found: dict[str, tuple[str, Tensor]] = {}
-        for copy, segment in segments.items():
-            if copy.segment in places:
-                weight = segment.weights()[places[copy.segment]]
-                first, expected = found.setdefault(copy.lane, (copy.segment, weight))
-                if not torch.equal(weight, expected):
-                    words = f"the {first} and the {copy.segment} share a weight; give both their files, or none"
-                    refuse(me, [Objection(Reason.WEIGHTS, f"[network.weights]: {words}")])
 
 
 def _weights(classes: Classes, worker: Worker) -> Tensor:

@@ -19,7 +19,7 @@ from partway.config import LANED, Job, JobNetwork, Policy
 from partway.data.records import Schema
 from partway.errors import ConfigError, CutError, Refused, UsageError
 from partway.model.adapters import with_adapters
-from partway.model.cut import Piece, cut
+from partway.model.cut import cut
 from partway.model.norm import with_group_norm
 from partway.model.pack import pack
 from partway.model.recipe import build
@@ -168,9 +168,6 @@ def built(job: Job, policy: Policy, plan: Plan, schemas: Schemas, shipped: Shipp
         example = torch.randn(4, *shape, generator=generator).to(dtype)
         pieces = cut(whole, example, cuts_of(job, whole), owned(plan), terms.may_cross)
         pack(pieces, example, lambda: network_of_terms(terms, policy), plan.nets, job.skips)
-        for piece in pieces:
-            for name in piece.idle if isinstance(piece, Piece) else ():
-                piece.get_parameter(name).requires_grad_(False)  # no step moves it, and no weight decay
         modules.update(zip(plan.nets, pieces, strict=True))
     else:
         _check_names(job, plan)
@@ -203,8 +200,7 @@ def _of_type(module: nn.Module, name: str, dtype: str) -> nn.Module:
 
 
 def owned(plan: Plan) -> list[list[int]]:
-    """Numbers of the pieces that one party runs side by side, such as bottom and head of a U-shape: these may share
-    weights."""
+    """Numbers of the pieces that one party runs side by side, as bottom and head of a U-shape: these may be tied."""
     at: dict[tuple[str, str], list[int]] = {}
     for number, name in enumerate(plan.nets):
         at.setdefault((plan[name].at, plan[name].copies), []).append(number)

@@ -20,6 +20,7 @@ from partway.config import Job, of_any_size
 from partway.data.records import Schema
 from partway.errors import Refused, UsageError
 from partway.model.segment import Segment
+from partway.plan.plan import Copy
 from partway.protocol.messages import Reason
 
 
@@ -123,3 +124,16 @@ def take(folder: Path | None, segment: Segment, name: str, digest: str) -> None:
         raise Refused(f"{words}: it does not fit the {name} ({error})", [Reason.WEIGHTS.name]) from None
     if not all(torch.isfinite(t).all() for t in held.values() if t.is_floating_point()):
         raise Refused(f"{words}: it holds what is no number", [Reason.WEIGHTS.name])
+
+
+def refuse_untied(tied: Sequence[Mapping[str, slice]], segments: Mapping[Copy, Segment]) -> None:
+    """What segments share begins alike at all of them. Raises `Refused` if it does not. Reason WEIGHTS."""
+    for places in tied:
+        found: dict[str, tuple[str, Tensor]] = {}
+        for copy, segment in segments.items():
+            if copy.segment in places:
+                weight = segment.weights()[places[copy.segment]]
+                first, expected = found.setdefault(copy.lane, (copy.segment, weight))
+                if not torch.equal(weight, expected):
+                    words = f"the {first} and the {copy.segment} share a weight; give both their files, or none"
+                    raise Refused(f"[network.weights]: {words}", [Reason.WEIGHTS.name])

@@ -69,6 +69,8 @@ def pack(
         made_here = [Value(piece.spec(n).dtype, shapes[n]) for n in piece.outputs]
         piece.packed = Packed(record, made_here, portions if len(portions) > 1 else (), flat)
         piece.fresh = fresh
+        for name in piece.idle:  # no step moves it, and no weight decay
+            piece.get_parameter(name).requires_grad_(False)
 
 
 def _refuse_written(pieces: Sequence[Piece]) -> None:

@@ -29,6 +29,7 @@ from partway.train.source import RecordSource, Shelf
 from partway.train.stopping import Verdict
 from partway.train.tallies import Tally
 from partway.train.targets import Loss, cross_entropy
+from partway.train.tied import Places, counted_twice, meet
 
 STATE = "optimizer."
 """Before the names of what an optimiser keeps, in a letter with weights."""
@@ -61,6 +62,7 @@ class Worker:
         account: the head of this party's ledger, 32 bytes.
         losses: of segments that have one of their own.
         draws: seeds what a segment draws in a forward, from turn, micro-batch and copy.
+        tied: weights that several segments share.
         half: every forward runs under `torch.autocast` to this type; weights, updates and sums do not.
     """
 
@@ -81,7 +83,7 @@ class Worker:
         draws: Callable[[int, int, Copy], int] | None = None,
         losses: Mapping[str, Loss] | None = None,
         half: torch.dtype | None = None,
-        tied: Sequence[Mapping[str, slice]] = (),
+        tied: Sequence[Places] = (),
         device: torch.device | str = "cpu",
     ) -> None:
         self.plan, self.shapes, self.segments, self.source = plan, shapes, dict(segments), source
@@ -431,37 +433,25 @@ class Worker:
 
     # -- the norm of all gradients, and whether they are finite: a negative number says that they are not
 
-    def _sharing(self, unit: Copy) -> list[list[tuple[Copy, slice]]]:
-        """Of each weight that several segments of a unit share and train: where it stands in each."""
-        places = [
-            [(Copy(n, unit.lane), where) for n, where in of.items() if n in self._turn.train] for of in self._tied
-        ]
-        return [of for of in places if len(of) > 1 and all(copy in self.segments for copy, _ in of)]
-
     def _meet(self, unit: Copy) -> None:
-        """The gradient of a weight that several segments share is that of all its uses; each steps it alike."""
-        if unit in self._met:
-            return
-        self._met.add(unit)
-        for places in self._sharing(unit):
-            found = [(self.segments[copy].gradient(), where) for copy, where in places]
-            parts = [gradient[where] for gradient, where in found if gradient is not None]
-            if len(parts) == len(found):
-                total = torch.stack(parts).sum(0)
-                for part in parts:
-                    part.copy_(total)
+        """Once a turn, before anything is made of the gradients."""
+        if unit not in self._met:
+            self._met.add(unit)
+            meet(self._tied, self.segments, self._trained(unit))
+
+    def _trained(self, unit: Copy) -> list[Copy]:
+        return [c for c in self.segments if c.lane == unit.lane and c.segment in self._turn.train]
 
     def _square(self, unit: Copy, _: Sequence[Post]) -> None:
         self._meet(unit)
-        square, twice = 0.0, [place for places in self._sharing(unit) for place in places[1:]]
-        for copy in squared(self.plan, self._turn, unit):
+        square, mine = 0.0, squared(self.plan, self._turn, unit)
+        for copy in mine:
             gradient = self.segments[copy].gradient()
             if gradient is not None:
                 if self._what.get(copy.segment) != "gradient" and self._turn.scaled:
                     gradient.div_(self._scale(copy))  # a share was divided before it was summed
-                for part in (gradient, *(gradient[where] for twin, where in twice if twin == copy)):
-                    own = float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
-                    square += own if part is gradient else -own  # one weight counts once
+                square += float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+        square -= counted_twice(self._tied, self.segments, mine)
         if unit in self._spoilt or not math.isfinite(square):
             if not self._turn.scaled:
                 raise JobFailed("a gradient holds NaN or infinite numbers; lower the learning rate")
@@ -508,7 +498,7 @@ class Worker:
     def _update(self, unit: Copy, takes: Sequence[Post]) -> None:
         coefficient = self._rescale(unit, takes) if takes else 1.0
         self._meet(unit)
-        mine = [c for c in self.segments if c.lane == unit.lane and c.segment in self._turn.train]
+        mine = self._trained(unit)
         key = (self._turn.optimizer, unit, tuple(c.segment for c in mine))
         flats = [flat for c in mine if (flat := self.segments[c].flat) is not None]
         if flats and coefficient >= 0:
