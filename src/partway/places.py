@@ -188,7 +188,8 @@ def _draw_bars(found: Survey, axes: Any) -> None:
         own = [n for n in range(len(places)) if owner[n] == number]
         legal = [n for n in own if not places[n].why_not]
         colour = COLOURS[number % len(COLOURS)]
-        axes.bar(legal, [heights[n] for n in legal], color=colour, label=f"{name}: {party}", width=0.85)
+        axes.bar(legal, [heights[n] for n in legal], color=colour, width=0.85)
+        axes.scatter([], [], color=colour, marker="s", s=60, label=f"{name}: {party}")  # also one that has no bar
         if own:
             axes.axvspan(own[0] - 0.5, own[-1] + 0.5, color=colour, alpha=0.08, lw=0)
     barred = [n for n, place in enumerate(places) if place.why_not]
@@ -206,9 +207,10 @@ def _draw_bars(found: Survey, axes: Any) -> None:
             rotation=90,
             va="top",
             fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1},
         )
     raw = places[0].input_bytes / 1024 if places else 0
-    axes.axhline(raw, color="#b2182b", lw=1, ls="--", label=f"a record itself: {raw:,.1f} KiB")
+    axes.axhline(raw, color="#b2182b", lw=1, ls="--", label=f"a record itself: {raw:,.2f} KiB")
     if max(heights, default=1) > 300 * min(heights, default=1):
         axes.set_yscale("log")
     axes.set_ylabel("KiB that would cross for a record")

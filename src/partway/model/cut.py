@@ -174,7 +174,7 @@ class Whole:
         for one, other in itertools.pairwise(range(len(after))):
             if marks[other] <= marks[one]:
                 raise CutError(f"`{after[one]}` and `{after[other]}` are not in the network's order, or meet")
-        known = self._facts[train]
+        known = self.known[train]
         parts, crossings = divide(program, marks, known)
         _refuse_raw(program, known, crossings, groups, may_cross)
         _refuse_without_rows(program, known, crossings)
@@ -195,7 +195,7 @@ class Whole:
             if not crossings:
                 with contextlib.suppress(CutError):
                     program = self.captured.training
-                    _, crossings = divide(program, [self.mark(program, path) for path in after], self._facts[True])
+                    _, crossings = divide(program, [self.mark(program, path) for path in after], self.known[True])
             return crossings, str(error)
         return crossings, ""
 
@@ -246,7 +246,7 @@ class Whole:
         return sorted(both, key=lambda path: found[True][path])
 
     @functools.cached_property
-    def _facts(self) -> dict[bool, Facts]:
+    def known(self) -> dict[bool, Facts]:
         parameters = {name for name, _ in self.network.named_parameters(remove_duplicate=False)}
         both = [self.captured.mode(train) for train in (True, False)]
         written = set().union(*map(written_state, both))

@@ -112,7 +112,7 @@ def cuts(
     for path in whole.paths:
         ends.setdefault(whole.mark(program, path), []).append(path)
     places = []
-    users = _users(program, sorted(ends))
+    users = _users(program, sorted(ends), whole.known[True].numbers)
     for number, (mark, paths) in enumerate(sorted(ends.items())):
         after, *others = sorted(paths, key=lambda path: (path.count("."), path))
         found, why_not = whole.look([after], (), may_cross)
@@ -141,11 +141,11 @@ def cuts(
     return places
 
 
-def _users(program: Program, marks: Sequence[int]) -> list[set[int]]:
-    """For each part of a program between two marks: the later parts that use what it makes."""
-    part_of = {node.name: bisect.bisect_right(marks, place) for place, node in enumerate(program.nodes)}
+def _users(program: Program, marks: Sequence[int], anywhere: Collection[str]) -> list[set[int]]:
+    """For each part of a program between two marks: the later parts that use what it makes, and do not make again."""
+    part_of = {n.name: bisect.bisect_right(marks, at) for at, n in enumerate(program.nodes) if n.name not in anywhere}
     users: list[set[int]] = [set() for _ in range(len(marks) + 1)]
-    for node in program.nodes:
+    for node in (node for node in program.nodes if node.name in part_of):
         for name in references(node):
             if name in part_of and program.values[name].tensor and part_of[name] < part_of[node.name]:
                 users[part_of[name]].add(part_of[node.name])
